@@ -1,0 +1,160 @@
+"""What must hold between the values of a job, whatever plan is chosen. Every diagnostic carries its key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from operator import mul
+
+from shardwright.schemas.cluster import ClusterSpec
+from shardwright.schemas.diagnostics import Diagnostic
+from shardwright.schemas.expected import join, nearest
+from shardwright.schemas.job import JobSpec
+from shardwright.schemas.units import human_bytes
+
+Written = Callable[[str], bool]
+"""Whether the person wrote the value of a dotted key, rather than left it to its default."""
+
+OPTIMIZER_NUMBERS = {"adamw": ("betas", "eps"), "sgd": ("momentum",)}
+"""The numbers that only some optimizers have."""
+
+PRECISION_DTYPES = {"fp32": "fp32", "bf16_mixed": "bf16"}
+"""The operand type that each precision multiplies with."""
+EXACT_PRECISIONS = ("fp32",)
+"""What `quality: exact` permits."""
+
+
+def check_job(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
+    """Everything that contradicts itself in a job whose values are each valid."""
+    yield from _optimizer(job, written)
+    yield from _schedule(job)
+    yield from _batch(job)
+    yield from _precision(job)
+    yield from _budget(job)
+    yield from _degrees(job)
+
+
+def _optimizer(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
+    name = job.train.optimizer.name
+    for owner, numbers in OPTIMIZER_NUMBERS.items():
+        for number in numbers:
+            key = f"train.optimizer.{number}"
+            if owner != name and written(key):
+                has = join([f"`{each}`" for each in OPTIMIZER_NUMBERS[name]], "and")
+                yield Diagnostic(
+                    key=key, message=f"`{name}` has no `{number}`", suggestion=f"leave it out; `{name}` has {has}"
+                )
+
+
+def _schedule(job: JobSpec) -> Iterator[Diagnostic]:
+    warmup, steps = int(job.train.schedule.warmup.value), job.train.total_steps
+    if warmup > steps:
+        yield Diagnostic(
+            key="train.schedule.warmup",
+            message=f"the warm-up of {warmup} steps is longer than the run of {steps} steps",
+            suggestion=f"write at most {steps} steps",
+        )
+
+
+def _batch(job: JobSpec) -> Iterator[Diagnostic]:
+    """Every device takes the same number of sequences of each step."""
+    train, world = job.train, job.cluster.world_size
+    sequences = train.global_batch_sequences
+    if sequences % world:
+        whole = [count for count in (sequences // world * world, (sequences // world + 1) * world) if count]
+        is_tokens = train.global_batch.unit == "tokens"
+        meant = f"{train.global_batch} are {sequences} sequences of {train.sequence_length} tokens" if is_tokens else ""
+        yield Diagnostic(
+            key="train.global_batch",
+            message=f"{meant or f'{sequences} sequences'}, which {world} devices cannot share equally",
+            suggestion="write " + join([_sequences(count, train.sequence_length) for count in whole], "or"),
+        )
+        return
+    local = sequences // world
+    choice = job.strategy.micro_batch
+    if choice != "auto" and not any(local % size == 0 for size in choice):
+        divisors = [str(size) for size in range(1, local + 1) if local % size == 0]
+        sizes = join([str(size) for size in choice], "or")
+        yield Diagnostic(
+            key="strategy.micro_batch",
+            message=f"the {local} sequences of a device do not divide into micro-batches of {sizes}",
+            suggestion=f"write {join(divisors[-8:], 'or')}",
+        )
+
+
+def _sequences(count: int, length: int) -> str:
+    tokens = count * length
+    return f"{count} sequences ({tokens // 2**20}Mi tokens)" if tokens % 2**20 == 0 else f"{count} sequences"
+
+
+def _precision(job: JobSpec) -> Iterator[Diagnostic]:
+    device = job.cluster.device
+    able = [name for name, dtype in PRECISION_DTYPES.items() if dtype in device.peak]
+    allowed = [name for name in able if job.quality != "exact" or name in EXACT_PRECISIONS]
+    chosen = () if job.strategy.precision == "auto" else job.strategy.precision
+    for index, name in enumerate(chosen):
+        if name not in able:
+            why = f"`{device.name}` cannot compute in `{name}`"
+        elif name not in allowed:
+            why = f"`quality: exact` permits only {join([f'`{each}`' for each in EXACT_PRECISIONS], 'and')}"
+        else:
+            continue
+        way = f"write {join([f'`{each}`' for each in allowed], 'or')}" if allowed else ""
+        yield Diagnostic(key=f"strategy.precision.{index}", message=why, suggestion=way)
+    if not allowed and not chosen:
+        known = join(list(device.peak), "and")
+        message = (
+            f"no precision is left: `{device.name}` has a peak rate only for {known}, `quality` is `{job.quality}`"
+        )
+        yield Diagnostic(key="quality", message=message)
+
+
+def _budget(job: JobSpec) -> Iterator[Diagnostic]:
+    limits = (
+        ("device_memory", job.budget.device_memory, job.cluster.device.memory, "a device"),
+        ("host_memory", job.budget.host_memory, job.cluster.host_memory, "a node's host"),
+    )
+    for name, asked, there, owner in limits:
+        if asked is not None and asked > there:
+            yield Diagnostic(
+                key=f"budget.{name}",
+                message=f"{human_bytes(asked)} is more than the {human_bytes(there)} that training can use on {owner}",
+                suggestion="leave it out to use all, or write less",
+            )
+
+
+def _degrees(job: JobSpec) -> Iterator[Diagnostic]:
+    """A shard group fills the levels of the cluster fastest first, whole groups of the faster before the slower."""
+    levels = [level.name for level in job.cluster.levels]
+    for name in type(job.strategy.states).model_fields:
+        choice = getattr(job.strategy.states, name)
+        for index, degree in enumerate(() if choice == "auto" else choice):
+            key = f"strategy.states.{name}.{index}"
+            if isinstance(degree, str) and degree not in (*levels, "all"):
+                near = nearest(degree, [*levels, "all"])
+                yield Diagnostic(
+                    key=key,
+                    message=f"the cluster has no level `{degree}`",
+                    suggestion=f"did you mean `{near}`?" if near else f"levels: {join([*levels, 'all'], 'and')}",
+                )
+            elif isinstance(degree, int) and degree not in (valid := shard_degrees(job.cluster)):
+                yield Diagnostic(
+                    key=key,
+                    message=f"{degree} devices do not fill the levels of the cluster evenly, fastest first",
+                    suggestion=f"write {join([str(each) for each in valid], 'or')}",
+                )
+
+
+def shard_degrees(cluster: ClusterSpec) -> tuple[int, ...]:
+    """Every size that a group may have: whole faster levels times a divisor of the next one."""
+    below = accumulate((level.size for level in cluster.levels), mul, initial=1)
+    return tuple(
+        sorted(
+            {
+                inner * part
+                for inner, level in zip(below, cluster.levels, strict=False)
+                for part in range(1, level.size + 1)
+                if level.size % part == 0
+            }
+        )
+    )

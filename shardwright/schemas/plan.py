@@ -1,0 +1,256 @@
+"""The plan: what was decided, what it is predicted to cost, what else was considered and why that lost.
+
+This is a public contract (`plan.json`, with a JSON Schema). It holds no timings and no absolute paths, so the same job
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from shardwright.schemas.base import Spec
+from shardwright.schemas.job import JobSpec
+
+SCHEMA_VERSION = 1
+
+
+class ModelFacts(Spec):
+    """What the plan and a backend need to know of the profiled model."""
+
+    name: str
+    parameters: int
+    """Number of distinct parameters' elements."""
+    block_paths: tuple[str, ...]
+    """Module paths of the repeated blocks, in order of execution."""
+    init: Literal["constructor", "modules"]
+    attention: str
+    """The attention kernel that the prediction assumes."""
+    local_sources: tuple[str, ...]
+    """Files of the user's model (and loss, and dataset) to bring along, relative to the job's folder."""
+    packages: tuple[str, ...]
+    """Installed packages that the script needs beyond torch."""
+
+
+class MeshAxis(Spec):
+    """One dimension of the device mesh."""
+
+    name: Literal["dp_replicate", "dp_shard"]
+    size: int = Field(gt=0)
+    levels: tuple[str, ...]
+    """Cluster levels that the axis spans, fastest first."""
+
+
+class Mesh(Spec):
+    """The device mesh, slowest axis first as torch's `init_device_mesh` wants it; neighbouring ranks lie on the last
+    axis, inside the fastest level."""
+
+    world_size: int = Field(gt=0)
+    axes: tuple[MeshAxis, ...]
+
+
+class StateSharding(Spec):
+    """How one model state is sharded: one full copy is spread over `degree` devices."""
+
+    degree: int = Field(gt=0)
+    levels: tuple[str, ...]
+    """Cluster levels that one copy spans, fastest first; empty for degree 1."""
+
+
+class States(Spec):
+    """The three model states (AMSP, arXiv 2311.00257, section 3), `parameters` and `optimizer_states` at rest,
+    `gradients` while they accumulate from one micro-batch to the next."""
+
+    parameters: StateSharding
+    gradients: StateSharding
+    optimizer_states: StateSharding
+
+
+class Checkpointing(Spec):
+    """The first `blocks` of the model's `of` blocks are recomputed in backward."""
+
+    policy: Literal["none", "full"]
+    blocks: int = Field(ge=0)
+    of: int = Field(ge=0)
+
+
+class Pipeline(Spec):
+    """Pipeline stages; one for now."""
+
+    stages: Literal[1] = 1
+    schedule: Literal["none"] = "none"
+
+
+class Offload(Spec):
+    """The memory tier of each state; the device for now."""
+
+    parameters: Literal["device"] = "device"
+    gradients: Literal["device"] = "device"
+    optimizer_states: Literal["device"] = "device"
+    activations: Literal["device"] = "device"
+
+
+class Engine(Spec):
+    """What shards the states at run time. `single`: nothing. `ddp`: DistributedDataParallel. `fsdp2`: fully_shard."""
+
+    name: Literal["single", "ddp", "fsdp2"]
+    reshard_after_forward: bool | None = None
+    """fsdp2: whether a block's gathered parameters are freed after its forward. Kept ones stay gathered from the first
+    micro-batch's forward to the last one's backward. The root group is always kept. Null for the other engines."""
+
+
+class Decision(Spec):
+    """The decision vector. A person may edit it and compile again: it is checked and predicted anew."""
+
+    mesh: Mesh
+    states: States
+    micro_batch: int = Field(gt=0)
+    """Sequences of one forward on one device."""
+    accumulation: int = Field(gt=0)
+    """Micro-batches of one optimizer step on one device."""
+    checkpointing: Checkpointing
+    precision: Literal["fp32", "bf16_mixed"]
+    pipeline: Pipeline = Pipeline()
+    offload: Offload = Offload()
+    engine: Engine
+
+
+class TimePart(Spec):
+    """One part of the step, in seconds. The parts add up to the step."""
+
+    name: str
+    seconds: float
+    note: str = ""
+
+
+class MemoryPhase(Spec):
+    """Bytes alive at the worst moment of one phase of the step, by category. The categories add up to `total_bytes`."""
+
+    name: str
+    bytes: dict[str, int]
+    total_bytes: int
+
+
+class StageMemory(Spec):
+    """Memory of one pipeline stage's fullest device."""
+
+    stage: int
+    phases: tuple[MemoryPhase, ...]
+    peak_phase: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+class Memory(Spec):
+    """Bytes of the fullest device. The budget limits `peak_reserved_bytes`."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    stages: tuple[StageMemory, ...]
+    at_rest: dict[Literal["parameters", "gradients", "optimizer_states"], int]
+    """Of rank 0, exact. `gradients`: when the optimizer steps."""
+    host_bytes: int
+    """Of one node."""
+
+
+class Collective(Spec):
+    """All collectives of one kind, size and group in one optimizer step of one rank."""
+
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    axis: Literal["dp_shard", "dp_replicate", "world"]
+    group_size: int
+    bytes: int
+    """Of the whole tensor of one call: what is gathered, what enters a reduction."""
+    count: int
+    """Calls per optimizer step."""
+    purpose: Literal["parameters", "gradients", "grad_norm", "metrics"]
+
+
+class Prediction(Spec):
+    """What the decision is predicted to cost."""
+
+    step_time_s: float
+    time: tuple[TimePart, ...]
+    tokens_per_s: float
+    """Of the whole cluster."""
+    mfu: float
+    mfu_formula: str
+    model_flops_per_step: float
+    memory: Memory
+    collectives: tuple[Collective, ...]
+
+
+class Alternative(Spec):
+    """A point that was considered and lost."""
+
+    summary: str
+    decision: Decision
+    step_time_s: float
+    peak_reserved_bytes: int
+    fits: bool
+    lost_because: str
+
+
+class Search(Spec):
+    """What the search looked at. The alternatives are the best of each kind, not all."""
+
+    considered: int
+    feasible: int
+    alternatives: tuple[Alternative, ...]
+
+
+class Assumption(Spec):
+    """A number that the prediction rests on and that the job did not state."""
+
+    name: str
+    value: str
+    origin: Literal["measured", "catalogue", "default", "job"]
+    source: str = ""
+
+
+class Reason(Spec):
+    """Why one key of the decision has its value: what it buys, the runner-up and its price."""
+
+    key: str
+    value: str
+    because: str
+
+
+class Plan(Spec):
+    """A complete plan: with the job it holds, it is all that a backend needs."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    """The field's name of the point, for example `FSDP2 x 8 (ZeRO-3), 12 of 32 blocks checkpointed`."""
+    job: JobSpec
+    defaults: tuple[str, ...]
+    """Keys of the job that the person did not write."""
+    job_file: str
+    """The job's file, relative to the folder of this plan; relative paths of the job start from its folder."""
+    profile_digest: str
+    model: ModelFacts
+    decision: Decision
+    prediction: Prediction
+    search: Search
+    reasons: tuple[Reason, ...]
+    assumptions: tuple[Assumption, ...]
+
+
+class Infeasible(Spec):
+    """No plan fits: a result, not an error."""
+
+    needed_bytes: int
+    available_bytes: int
+    nearest: Alternative
+    """The point that misses the budget by least."""
+    by_category: dict[str, int]
+    """Bytes of the nearest point's peak phase."""
+    changes: tuple[str, ...]
+    """Changes of the job that would fit, cheapest first."""
+    considered: int
+
+
+def json_fields(plan: Plan) -> dict[str, Any]:
+    """The plan as plain JSON values."""
+    return plan.model_dump(mode="json")

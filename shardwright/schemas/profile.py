@@ -1,0 +1,174 @@
+"""What a model costs, hardware aside. Made by `passes`, read by the planner, saved as `profile.json`.
+
+[Note: affine in the micro-batch]
+Shapes, FLOPs and bytes of a traced model grow with the micro-batch b as `constant + slope * b`. They are fitted at
+b = 1 and 2 and verified at 3; a model for which that fails is refused, with the unit and the quantity named.
+
+[Note: compute dtype]
+Costs are kept once per compute dtype. `fp32`: parameters and activations as the model declares them. `bf16`: the
+semantics of FSDP2's `MixedPrecisionPolicy(param_dtype=bf16)`: parameters are bf16 while they compute, floating-point
+inputs of each block are cast, buffers keep their dtype. Every engine of ours trains bf16 that way, so one profile
+serves them all.
+
+[Note: who counts a boundary]
+The activation that leaves one unit and enters the next is one storage. It is counted by the unit that it enters, in
+that unit's `saved`, under every policy that keeps it alive; if only the producer saves it, the producer counts it. So
+the bytes alive at the end of forward are the plain sum of `saved` over the units. What enters several blocks (rotary
+tables, positions) is counted once, by the embedding or head that made it; these two are never checkpointed, and their
+`saved` under `full` is what they keep once blocks are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+ComputeDtypeName = Literal["fp32", "bf16"]
+Policy = Literal["none", "full"]
+Phase = Literal["forward", "input_gradient", "weight_gradient"]
+Kind = Literal["matmul", "attention", "elementwise"]
+UnitKind = Literal["embedding", "block", "head"]
+
+
+class Affine(NamedTuple):
+    """`constant + slope * micro_batch`, in bytes or FLOPs ([Note: affine in the micro-batch])."""
+
+    constant: int
+    slope: int
+
+    def at(self, micro_batch: int) -> int:
+        """The value for a micro-batch of that many sequences."""
+        return self.constant + self.slope * micro_batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """One distinct parameter of the model; a tied one appears once, with its other names."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    unit: int
+    """Index into `ModelProfile.units` of the unit whose FSDP group owns it. Parameters outside all blocks belong to
+    the root group, whatever unit uses them: index -1."""
+    also: tuple[str, ...] = ()
+    """The other names under which a tied parameter is reachable."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """All calls of one operator with one set of shapes in one phase of one unit, merged."""
+
+    name: str
+    """aten name, for instance `mm`."""
+    module: str
+    """Path of the calling module below the unit."""
+    phase: Phase
+    kind: Kind
+    count: int
+    """Calls merged here: each is one kernel launch at least."""
+    flops: Affine
+    """Of all calls together. Causal attention counts the half that is not masked."""
+    bytes: Affine
+    """Read plus written by all calls together, nothing fused."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Input shapes of one call at micro-batch 1."""
+    dtype: str
+    """Of the operands: `float32`, `bfloat16`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitCost:
+    """Cost of one unit for one compute dtype. Bytes exclude parameters, buffers and parameter gradients."""
+
+    operators: tuple[Operator, ...]
+    saved: dict[Policy, Affine]
+    """Bytes kept from forward to backward. `full`: inputs only, the rest is recomputed."""
+    output: Affine
+    """Bytes of the activation that leaves the unit."""
+    forward_peak: Affine
+    """Most bytes alive at once during forward beyond what was alive before it, results included."""
+    backward_peak: dict[Policy, Affine]
+    """Most bytes alive at once during backward beyond what was alive before it: gradients of activations and
+    temporaries; under `full` also the recomputed activations. Never parameter gradients, nor the gradient of the
+    unit's output, which was alive before."""
+    not_recomputed: tuple[Operator, ...] = ()
+    """Operators of a block's forward that do not run again under `full`: those after the last that saves something."""
+
+    def flops(self, phase: Phase, micro_batch: int) -> int:
+        """FLOPs of one phase."""
+        return sum(op.flops.at(micro_batch) for op in self.operators if op.phase == phase)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A stretch of the model in order of execution. `embedding` is what runs before the first block, `head` what runs
+    after the last, the loss included; a model without repeated blocks is one `head`."""
+
+    kind: UnitKind
+    paths: tuple[str, ...]
+    """Module paths of the consecutive, equal blocks that this entry stands for; empty for embedding and head."""
+    fingerprint: str
+    """Equal for units that cost the same; profiled once."""
+    costs: dict[ComputeDtypeName, UnitCost]
+
+    @property
+    def count(self) -> int:
+        """How many times in a row the unit runs."""
+        return max(1, len(self.paths))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A place between two units where the model could be divided into pipeline stages."""
+
+    after: str
+    """Module path of the unit before the cut."""
+    tensors: int
+    """Activations alive across it."""
+    bytes: int
+    """Their bytes at micro-batch 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProfile:
+    """Everything the planner knows of a model."""
+
+    name: str
+    device_kind: Literal["cuda", "cpu"]
+    sequence_length: int
+    parameters: tuple[Parameter, ...]
+    """In order of registration (`named_parameters`)."""
+    buffer_bytes: int
+    units: tuple[Unit, ...]
+    cuts: tuple[Cut, ...]
+    attention: dict[ComputeDtypeName, str]
+    """The attention kernel assumed: `flash`, `efficient`, `math`, `cpu-flash`, or `none` when the model calls none."""
+    init: Literal["constructor", "modules"]
+    input_bytes: Affine
+    """Bytes of one micro-batch of inputs and targets on the device."""
+    local_sources: tuple[str, ...]
+    """Files of the user's model, relative to the job's folder, that a script must bring along."""
+    packages: tuple[str, ...]
+    """Installed packages that the model needs beyond torch."""
+    warnings: tuple[str, ...]
+    digest: str
+    """sha256 over everything above."""
+
+    @property
+    def numel(self) -> int:
+        """Distinct parameters' elements."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @property
+    def block_paths(self) -> tuple[str, ...]:
+        """Module paths of all blocks, in order of execution: the units that FSDP wraps and checkpointing recomputes."""
+        return tuple(path for unit in self.units if unit.kind == "block" for path in unit.paths)

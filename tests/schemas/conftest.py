@@ -1,0 +1,44 @@
+"""A folder with the files that the jobs of the corpora name."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+MODEL = """\
+import torch
+
+def build(layers=2):
+    return torch.nn.Linear(layers, layers)
+
+def loss(output, batch):
+    return output.sum()
+
+class dataset:
+    pass
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh current folder with a model, configurations, texts, masks and token files."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "broken.py").write_text("def build(:\n    pass\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    (tmp_path / "not-a-model.json").write_text(json.dumps({"hidden_size": 64}))
+    for name in ("a", "b"):
+        (corpus / f"{name}.txt").write_bytes(b"to be or not to be, " * 20)
+        (corpus / f"{name}.mask").write_bytes(bytes([0, 1]) * 200)
+    (corpus / "short.mask").write_bytes(bytes(10))
+    (tmp_path / "odd.u16").write_bytes(bytes(401))
+    (tmp_path / "train.u32").write_bytes(struct.pack("<400I", *range(400)))
+    (tmp_path / "train.mask").write_bytes(bytes([1]) * 400)
+    (tmp_path / "val.u32").write_bytes(struct.pack("<400I", *range(400)))
+    (tmp_path / "node.yaml").write_text("devices: 8 x h100-sxm-80gb\nlauncher: slurm\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
