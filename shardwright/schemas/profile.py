@@ -2,7 +2,8 @@
 
 [Note: affine in the micro-batch]
 Shapes, FLOPs and bytes of a traced model grow with the micro-batch b as `constant + slope * b`. They are fitted at
-b = 1 and 2 and verified at 3; a model for which that fails is refused, with the unit and the quantity named.
+b = 2 and 3 and verified at 4; a model for which that fails is refused, with the unit and the quantity named. Not at 1:
+there PyTorch may take views and copies that it takes at no other size, and be off the line by a few tensors.
 
 [Note: compute dtype]
 Costs are kept once per compute dtype. `fp32`: parameters and activations as the model declares them. `bf16`: the

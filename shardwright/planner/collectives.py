@@ -1,0 +1,95 @@
+"""Every collective of one optimizer step, exactly: kind, group, bytes and count.
+
+[Note: what each engine communicates]
+fsdp2, per parameter group (each block, and the root): one all-gather of the padded group in the compute dtype before
+its forward and, where it is freed after forward, one before its backward; the root is gathered once a micro-batch.
+Parameters kept for the step are gathered once. One reduce-scatter of the padded gradients in float32 per group and
+micro-batch, or once per step where whole gradients accumulate. On a 2-D mesh one all-reduce of the reduce-scatter's
+output per group and step. Over a shard group of one there is neither gather nor reduce-scatter.
+ddp: one all-reduce per bucket and step. Buckets are filled in the order in which gradients become ready and closed as
+soon as they hold the cap (torch 2.13, reducer.cpp, `compute_bucket_assignment_by_size`); that order is taken to be the
+reverse of registration, so above one cap's worth of gradients the sizes (not their sum) may differ.
+The gradient norm of DTensors is one all-reduce over dp_shard of one float32 per gradient.
+All of it was counted in running processes on torch 2.13 (tests/planner).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.groups import Groups
+from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
+from shardwright.planner.space import Point
+from shardwright.schemas.plan import Collective
+from shardwright.schemas.profile import Parameter
+
+COUNTS_BYTES = 24
+"""float64: tokens of the global batch, stop requested, save requested."""
+LOSS_BYTES = 8
+"""float64: sum of the loss."""
+
+
+def step_collectives(point: Point, groups: Groups, bucket_cap_bytes: int | None = None) -> tuple[Collective, ...]:
+    """Collectives of one rank in one optimizer step ([Note: what each engine communicates]), merged where equal.
+
+    `bucket_cap_bytes` replaces ddp's cap.
+    """
+    cap = DDP_BUCKET_CAP_MIB * 2**20 if bucket_cap_bytes is None else bucket_cap_bytes
+    calls: Counter[Collective] = Counter()
+    for call, count in (*_states(point, groups, cap), *_metrics(point)):
+        if call.bytes and call.group_size > 1:
+            calls[call] += count
+    return tuple(call.model_copy(update={"count": count}) for call, count in calls.items())
+
+
+def ddp_buckets(parameters: Sequence[Parameter], cap_bytes: int) -> list[int]:
+    """Bytes of DistributedDataParallel's buckets in the order of their all-reduces."""
+    buckets, filled = [], 0
+    for parameter in reversed(parameters):
+        filled += MASTER_BYTES * parameter.numel if parameter.trainable else 0
+        if filled >= cap_bytes:
+            buckets.append(filled)
+            filled = 0
+    return [*buckets, filled] if filled else buckets
+
+
+def parameter_gathers(point: Point) -> tuple[int, int]:
+    """All-gathers per step of one block's group and of the root's."""
+    if point.kept:
+        return 1, 1
+    return 2 * point.accumulation, point.accumulation
+
+
+def gradient_reductions(point: Point) -> int:
+    """Reduce-scatters per step of one group."""
+    return 1 if point.gradients_wait else point.accumulation
+
+
+def _states(point: Point, groups: Groups, cap: int) -> Iterator[tuple[Collective, int]]:
+    if not ENGINES[point.engine].shards:
+        for size in ddp_buckets(groups.profile.parameters, cap):
+            yield _call("all_reduce", "dp_replicate", point.world, size, "gradients"), 1
+        return
+    sizes = groups.sizes(point.shard)
+    compute = PRECISIONS[point.precision].compute_bytes
+    block_gathers, root_gathers = parameter_gathers(point)
+    for elements, gathers in ((sizes.root, root_gathers), *((block, block_gathers) for block in sizes.blocks)):
+        yield _call("all_gather", "dp_shard", point.shard, compute * elements, "parameters"), gathers
+    for elements in (*sizes.block_gradients, sizes.root_gradients):
+        size = MASTER_BYTES * elements
+        yield _call("reduce_scatter", "dp_shard", point.shard, size, "gradients"), gradient_reductions(point)
+        yield _call("all_reduce", "dp_replicate", point.replicas, size // point.shard, "gradients"), 1
+    yield _call("all_reduce", "dp_shard", point.shard, MASTER_BYTES * sizes.tensors, "grad_norm"), 1
+
+
+def _metrics(point: Point) -> Iterator[tuple[Collective, int]]:
+    yield _call("all_reduce", "world", point.world, COUNTS_BYTES, "metrics"), 1
+    yield _call("all_reduce", "world", point.world, LOSS_BYTES, "metrics"), 1
+
+
+def _call(kind: str, axis: str, group_size: int, size: int, purpose: str) -> Collective:
+    return Collective.model_validate(
+        {"kind": kind, "axis": axis, "group_size": group_size, "bytes": size, "count": 1, "purpose": purpose}
+    )

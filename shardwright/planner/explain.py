@@ -1,0 +1,191 @@
+"""Why a plan is as it is: the alternatives with the reason each lost, and a reason for every key of the decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from math import isnan
+
+from shardwright.planner.names import summary
+from shardwright.planner.predict import Predictor
+from shardwright.planner.reasons import buys, shown
+from shardwright.planner.search import MEMORY_TIE, TIE, Candidate, Found, measure, timed
+from shardwright.planner.space import Point, block_count, decide, permitted_blocks
+from shardwright.schemas.plan import Alternative, Reason, TimePart
+from shardwright.schemas.units import human_bytes, human_seconds
+
+MOST_ALTERNATIVES = 16
+
+REASONED: dict[str, Callable[[Point], object]] = {
+    "engine.name": lambda point: point.engine,
+    "mesh": lambda point: point.shard,
+    "states.parameters": lambda point: point.shard,
+    "states.gradients": lambda point: point.gradients_wait,
+    "states.optimizer_states": lambda point: point.shard,
+    "engine.reshard_after_forward": lambda point: point.kept,
+    "micro_batch": lambda point: point.micro_batch,
+    "accumulation": lambda point: point.accumulation,
+    "checkpointing": lambda point: point.checkpointed,
+    "precision": lambda point: point.precision,
+}
+"""Every key of the decision that the planner chooses, and what of a point it says."""
+
+
+class Explainer:
+    """Compares all that was found with the point that was chosen."""
+
+    def __init__(self, predictor: Predictor, found: Found, chosen: Candidate, edited: frozenset[str]) -> None:
+        """`edited`: the reasoned keys that a person set, against the planner's choice."""
+        self._predictor, self._found, self._edited = predictor, found, edited
+        self._chosen = self._timed(chosen)
+        self._blocks = block_count(predictor.profile)
+        self._parts = {part.name: part for part in predictor.time.step(chosen.point).parts}
+
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """The best of each kind and those that differ from the chosen point in one decision; best first."""
+        picked: dict[Point, Candidate] = {}
+        for candidate in (*self._neighbours(), *self._kinds()):
+            if candidate.point != self._chosen.point:
+                picked.setdefault(candidate.point, candidate)
+        best = sorted(picked.values(), key=self._order)[:MOST_ALTERNATIVES]
+        return tuple(self.alternative(candidate) for candidate in best)
+
+    def alternative(self, candidate: Candidate) -> Alternative:
+        """A candidate as the plan lists it."""
+        candidate = self._timed(candidate)
+        return Alternative(
+            summary=summary(candidate.point, self._blocks),
+            decision=decide(candidate.point, self._predictor.job.cluster, self._blocks),
+            step_time_s=candidate.seconds,
+            peak_reserved_bytes=candidate.reserved,
+            fits=candidate.fits,
+            lost_because=self.lost_because(candidate),
+        )
+
+    def lost_because(self, candidate: Candidate) -> str:
+        """One sentence, with numbers."""
+        if not candidate.fits:
+            return misses(self._predictor, candidate)
+        candidate = self._timed(candidate)
+        ratio = candidate.seconds / self._chosen.seconds - 1
+        times = f"{human_seconds(candidate.seconds)} against {human_seconds(self._chosen.seconds)} a step"
+        if ratio > TIE:
+            more = self._what_grows(candidate)
+            slower = f"{_percent(ratio)} slower" if ratio < 1 else f"{1 + ratio:.3g} times as long"
+            return f"{slower}: {times}{'; ' + more if more else ''}"
+        if ratio < -TIE:
+            return f"{_percent(-ratio)} faster ({times}), but the decision was edited by hand"
+        close = f"as fast, within {100 * TIE:g} %"
+        more_bytes = candidate.reserved - self._chosen.reserved
+        if more_bytes * MEMORY_TIE >= self._predictor.device_budget:
+            return f"{close}, and needs {human_bytes(more_bytes)} more"
+        return f"{close}, and not as simple"
+
+    def reasons(self) -> Iterator[Reason]:
+        """One for each key of the decision that the planner chooses."""
+        decision = decide(self._chosen.point, self._predictor.job.cluster, self._blocks)
+        for key, value_of in REASONED.items():
+            if value_of(self._chosen.point) is None:
+                continue
+            because = f"{self._price(key)}."
+            if key not in self._edited:
+                because = f"{buys(key, self._predictor, self._chosen)}. {because}"
+            yield Reason(key=key, value=shown(decision, key), because=because)
+
+    # --- what is compared -------------------------------------------------------------------------------------------
+
+    def _kinds(self) -> Iterator[Candidate]:
+        """The best of each kind: feasible ones come first in the search's order, then those closest to fitting."""
+        seen = set()
+        for candidate in (*self._found.feasible, *self._found.infeasible):
+            kind = replace(candidate.point, micro_batch=0, accumulation=0, checkpointed=0, gradient_degree=0)
+            key = (kind, candidate.point.gradients_wait)
+            if key not in seen:
+                seen.add(key)
+                yield candidate
+
+    def _neighbours(self) -> Iterator[Candidate]:
+        """For every key the best point that differs in it, and the other ways to checkpoint."""
+        for key in REASONED:
+            other = self._runner_up(key)
+            if other is not None:
+                yield other
+        permitted = permitted_blocks(self._predictor.job, self._blocks)
+        for blocks in sorted({0, self._blocks}.intersection(permitted)):
+            yield self._measured(blocks)
+
+    def _runner_up(self, key: str) -> Candidate | None:
+        """The best point that decides `key` otherwise; where none fits, the one that comes closest."""
+        chosen = self._chosen.point
+        if key == "checkpointing":
+            return self._checkpointing_runner_up()
+        value_of = REASONED[key]
+        others = (
+            candidate
+            for candidate in (*self._found.feasible, *self._found.infeasible)
+            if value_of(candidate.point) not in (value_of(chosen), None)
+        )
+        return next(others, None)
+
+    def _checkpointing_runner_up(self) -> Candidate | None:
+        """One block fewer where some are checkpointed, one more where none is."""
+        permitted = permitted_blocks(self._predictor.job, self._blocks)
+        chosen = self._chosen.point.checkpointed
+        fewer = [blocks for blocks in permitted if blocks < chosen]
+        more = [blocks for blocks in permitted if blocks > chosen]
+        return self._measured(fewer[-1]) if fewer else self._measured(more[0]) if more else None
+
+    def _measured(self, blocks: int) -> Candidate:
+        return timed(self._predictor, measure(self._predictor, replace(self._chosen.point, checkpointed=blocks)))
+
+    def _order(self, candidate: Candidate) -> tuple[bool, float, int]:
+        return not candidate.fits, candidate.seconds if candidate.fits else 0.0, candidate.reserved
+
+    def _timed(self, candidate: Candidate) -> Candidate:
+        return timed(self._predictor, candidate) if isnan(candidate.seconds) else candidate
+
+    # --- what is said -----------------------------------------------------------------------------------------------
+
+    def _price(self, key: str) -> str:
+        if key in self._edited:
+            best = self._found.feasible[0] if self._found.feasible else None
+            own = f"; the planner's choice is {summary(best.point, self._blocks)}" if best else ""
+            return f"Set by hand{own}"
+        other = self._runner_up(key)
+        if other is None:
+            return "There is nothing else to choose from here"
+        return f"Runner-up: {summary(other.point, self._blocks)}: {self.lost_because(other)}"
+
+    def _what_grows(self, candidate: Candidate) -> str:
+        """The part of the step that grows most."""
+        nothing = TimePart(name="", seconds=0.0)
+        grown = [
+            (part.seconds - self._parts.get(part.name, nothing).seconds, part.name)
+            for part in self._predictor.time.step(candidate.point).parts
+        ]
+        seconds, name = max(grown)
+        return f"{human_seconds(seconds)} more {name}" if seconds > 0 else ""
+
+
+def misses(predictor: Predictor, candidate: Candidate) -> str:
+    """Why a candidate does not fit."""
+    blocks = block_count(predictor.profile)
+    even = f", even with all {blocks} blocks checkpointed" if blocks and candidate.point.checkpointed == blocks else ""
+    if candidate.reserved > predictor.device_budget:
+        over = human_bytes(candidate.reserved - predictor.device_budget)
+        needs = f"needs {human_bytes(candidate.reserved)}, {over} over the {human_bytes(predictor.device_budget)}"
+        return f"{needs} that a device may reserve{even}"
+    limit = predictor.job.host_memory_limit
+    over = human_bytes(candidate.host - limit)
+    return (
+        f"needs {human_bytes(candidate.host)} of host memory on a node, {over} over the {human_bytes(limit)} there are"
+    )
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.0f} %" if ratio >= 0.1 else f"{100 * ratio:.1f} %"
+
+
+def changed(one: Point, other: Point) -> Iterable[str]:
+    """Reasoned keys in which two points differ."""
+    return (key for key, value_of in REASONED.items() if value_of(one) != value_of(other))

@@ -1,0 +1,111 @@
+"""The model as the engines see it: groups of parameters that are gathered and reduced together, and what runs when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from shardwright.planner.sharding import own_shard, padded_numel
+from shardwright.schemas.profile import ModelProfile, Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Elements of every parameter group for one shard degree; padded ones as [Note: dimension-0 shards] has them."""
+
+    blocks: tuple[int, ...]
+    """Padded elements of each block's group."""
+    block_gradients: tuple[int, ...]
+    """Padded elements of each block's trainable parameters."""
+    block_numels: tuple[int, ...]
+    """Elements of each block's trainable parameters, without padding."""
+    root: int
+    root_gradients: int
+    head_numel: int
+    """Elements of the root group's trainable parameters that the head's backward has gradients for."""
+    embedding_numel: int
+    """Of those that the embedding's backward has gradients for; a tied parameter counts in both."""
+    root_numel: int
+    own: int
+    """Elements of trainable parameters that shard rank 0, the fullest, owns."""
+    tensors: int
+    """Trainable parameters."""
+
+
+class Groups:
+    """Parameter groups of a model: one for each block in order of execution, and the root's for all others."""
+
+    def __init__(self, profile: ModelProfile) -> None:
+        self.profile = profile
+        self.blocks, self.root = parameter_groups(profile.parameters, profile.block_paths)
+        self._sizes: dict[int, Sizes] = {}
+
+    def sizes(self, degree: int) -> Sizes:
+        """Elements of every group when each parameter is spread over `degree` devices."""
+        if degree not in self._sizes:
+            self._sizes[degree] = self._measure(degree)
+        return self._sizes[degree]
+
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest group: what initialisation holds whole."""
+        return max(sum(parameter.numel for parameter in group) for group in (*self.blocks, self.root))
+
+    @cached_property
+    def largest_parameter(self) -> int:
+        """Elements of the largest trainable parameter."""
+        return max((parameter.numel for parameter in self.profile.parameters if parameter.trainable), default=0)
+
+    def _measure(self, degree: int) -> Sizes:
+        def padded(group: Sequence[Parameter]) -> int:
+            return sum(_padded(parameter.shape, degree) for parameter in group)
+
+        def numel(group: Sequence[Parameter]) -> int:
+            return sum(parameter.numel for parameter in group)
+
+        trainable = [[parameter for parameter in block if parameter.trainable] for block in self.blocks]
+        root = [parameter for parameter in self.root if parameter.trainable]
+        everything = [parameter for parameter in self.profile.parameters if parameter.trainable]
+        embedding, head = self._split(root)
+        return Sizes(
+            blocks=tuple(padded(block) for block in self.blocks),
+            block_gradients=tuple(padded(block) for block in trainable),
+            block_numels=tuple(numel(block) for block in trainable),
+            root=padded(self.root),
+            root_gradients=padded(root),
+            head_numel=numel(head),
+            embedding_numel=numel(embedding),
+            root_numel=numel(root),
+            own=sum(own_shard(parameter.shape, degree, 0) for parameter in everything),
+            tensors=len(everything),
+        )
+
+    def _split(self, root: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+        """Root parameters by whose backward has their gradient: registered before the first block, the embedding's;
+        after it, the head's; tied under several names, both. Without blocks all are the head's."""
+        if not self.blocks:
+            return [], list(root)
+        order = {parameter.name: index for index, parameter in enumerate(self.profile.parameters)}
+        first = min((order[parameter.name] for block in self.blocks for parameter in block), default=len(order))
+        early = [parameter for parameter in root if order[parameter.name] < first]
+        late = [parameter for parameter in root if order[parameter.name] > first]
+        return early, late + [parameter for parameter in early if parameter.also]
+
+
+def parameter_groups(
+    parameters: Sequence[Parameter], block_paths: Sequence[str]
+) -> tuple[tuple[tuple[Parameter, ...], ...], tuple[Parameter, ...]]:
+    """The groups that `fully_shard` on each block and then on the model makes: one a block in order, and the root's."""
+    blocks: dict[str, list[Parameter]] = {path: [] for path in block_paths}
+    root: list[Parameter] = []
+    for parameter in parameters:
+        parts = parameter.name.split(".")
+        owner = next((path for path in (".".join(parts[:end]) for end in range(len(parts))) if path in blocks), None)
+        (root if owner is None else blocks[owner]).append(parameter)
+    return tuple(tuple(group) for group in blocks.values()), tuple(root)
+
+
+@lru_cache(maxsize=4096)
+def _padded(shape: tuple[int, ...], degree: int) -> int:
+    return padded_numel(shape, degree)

@@ -1,0 +1,96 @@
+"""From a job and a profile to a plan."""
+
+from __future__ import annotations
+
+from shardwright.planner.assumptions import assumptions
+from shardwright.planner.edited import checked_point
+from shardwright.planner.explain import Explainer, changed
+from shardwright.planner.infeasible import infeasible
+from shardwright.planner.names import plan_name
+from shardwright.planner.precisions import PRECISIONS
+from shardwright.planner.predict import Predictor
+from shardwright.planner.relax import pins, without
+from shardwright.planner.search import Candidate, Found, measure, search, timed
+from shardwright.planner.space import Point, block_count, configurations, decide, unshardable
+from shardwright.schemas.diagnostics import Diagnostic, InputError
+from shardwright.schemas.job import JobSpec
+from shardwright.schemas.plan import Infeasible, ModelFacts, Plan, Search
+from shardwright.schemas.profile import ModelProfile
+
+
+def make_plan(job: JobSpec, profile: ModelProfile, *, job_file: str, defaults: tuple[str, ...]) -> Plan | Infeasible:
+    """The fastest plan that fits, or why none does.
+
+    `profile` should hold the dtypes of `needed_dtypes(job)`: only what was profiled is considered. `job_file` is the
+    job's path relative to the plan's folder, `defaults` the keys that the person left out. Raises InputError where the
+    strategy leaves nothing to choose from.
+    """
+    predictor = Predictor(job, profile)
+    found = search(predictor)
+    if not found.feasible and not found.infeasible:
+        raise InputError(_nothing_left(job, profile))
+    if not found.feasible:
+        return infeasible(predictor, found)
+    return _assemble(predictor, found, found.feasible[0], job_file, defaults)
+
+
+def evaluate(plan: Plan, profile: ModelProfile) -> Plan:
+    """A plan whose decision may have been edited, checked and predicted anew; the planner's own choice is among the
+    alternatives then. An untouched plan comes back equal. Raises InputError with keys `decision....`."""
+    predictor = Predictor(plan.job, profile)
+    point = checked_point(predictor, plan.decision)
+    chosen = timed(predictor, measure(predictor, point))
+    return _assemble(predictor, search(predictor), chosen, plan.job_file, plan.defaults)
+
+
+def _assemble(predictor: Predictor, found: Found, chosen: Candidate, job_file: str, defaults: tuple[str, ...]) -> Plan:
+    job, profile, point = predictor.job, predictor.profile, chosen.point
+    edited = frozenset(changed(found.feasible[0].point, point)) if found.feasible else frozenset[str]()
+    explainer = Explainer(predictor, found, chosen, edited)
+    return Plan(
+        name=plan_name(point, block_count(profile)),
+        job=job,
+        defaults=defaults,
+        job_file=job_file,
+        profile_digest=profile.digest,
+        model=_facts(profile, point),
+        decision=decide(point, job.cluster, block_count(profile)),
+        prediction=predictor.prediction(point),
+        search=Search(considered=found.considered, feasible=len(found.feasible), alternatives=explainer.alternatives()),
+        reasons=tuple(explainer.reasons()),
+        assumptions=assumptions(point, job.cluster, profile),
+    )
+
+
+def _facts(profile: ModelProfile, point: Point) -> ModelFacts:
+    return ModelFacts(
+        name=profile.name,
+        parameters=profile.numel,
+        block_paths=profile.block_paths,
+        init=profile.init,
+        attention=profile.attention[PRECISIONS[point.precision].compute],
+        local_sources=profile.local_sources,
+        packages=profile.packages,
+    )
+
+
+def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
+    """Which restriction excludes every point: those that alone do, else all together."""
+
+    def permits_something(relaxed: JobSpec) -> bool:
+        return next(configurations(relaxed, profile), None) is not None
+
+    pinned = pins(job)
+    refused = unshardable(profile)
+    if not permits_something(without(job, *pinned)):
+        world, batch = job.cluster.world_size, job.train.global_batch_sequences
+        if batch % world:
+            message = f"{world} devices cannot share {batch} sequences equally"
+            return [Diagnostic(key="train.global_batch", message=message)]
+        return [
+            Diagnostic(key="model", message=f"no engine can train the model here: {refused or 'no precision fits'}")
+        ]
+    alone = [key for key in pinned if permits_something(without(job, key))] or pinned
+    why = f" ({refused})" if refused else ""
+    message = f"with {' and '.join(pinned)} as they are, no engine can run the job{why}"
+    return [Diagnostic(key=key, message=message, suggestion="leave it out, or write `auto`") for key in alone]

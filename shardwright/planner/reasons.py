@@ -1,0 +1,113 @@
+"""What each value of a decision buys, in words and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from shardwright.planner.engines import EngineName
+from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
+from shardwright.planner.predict import Predictor
+from shardwright.planner.search import Candidate
+from shardwright.schemas.plan import Decision
+from shardwright.schemas.units import human_bytes, human_seconds
+
+
+def buys(key: str, predictor: Predictor, chosen: Candidate) -> str:
+    """One sentence, without its full stop, on what the chosen point's value of `key` is good for."""
+    return _BUYS[key](predictor, chosen)
+
+
+def shown(decision: Decision, key: str) -> str:
+    """The value of a dotted key of the decision, for people."""
+    value: object = decision
+    for name in key.split("."):
+        value = getattr(value, name)
+    return _VALUES.get(key, str)(value)
+
+
+_ENGINE_BUYS: Mapping[EngineName, str] = {
+    "single": "One device needs no communication",
+    "ddp": "Replicated states need no gathers, only one all-reduce of the gradients a step",
+    "fsdp2": "Shards the states, and computes in bfloat16 on float32 masters where that is chosen",
+}
+
+
+def _mesh(predictor: Predictor, chosen: Candidate) -> str:
+    point = chosen.point
+    if point.world == 1:
+        return "There is one device"
+    if point.shard == 1:
+        return f"A whole copy of the states on each of {point.world} devices"
+    copies = f"{point.replicas} copies of the states, each" if point.replicas > 1 else "One copy of the states"
+    return f"{copies} over {point.shard} neighbouring devices"
+
+
+def _states(predictor: Predictor, chosen: Candidate) -> str:
+    point = chosen.point
+    sizes = predictor.groups.sizes(point.shard)
+    parameters = MASTER_BYTES * (sum(sizes.blocks) + sizes.root) // point.shard
+    over = f"spread over {point.shard} devices" if point.shard > 1 else "on every device"
+    return f"Parameters {over} take {human_bytes(parameters)} each"
+
+
+def _optimizer(predictor: Predictor, chosen: Candidate) -> str:
+    states = predictor.memory.prediction(chosen.point).at_rest["optimizer_states"]
+    if not states:
+        return "The optimizer keeps none"
+    return f"Optimizer states take {human_bytes(states)} a device and are never gathered"
+
+
+def _checkpointing(predictor: Predictor, chosen: Candidate) -> str:
+    room = f"{human_bytes(chosen.reserved)} of {human_bytes(predictor.device_budget)} reserved at the peak"
+    if chosen.point.checkpointed == 0:
+        return f"Nothing need be recomputed: {room}"
+    parts = {part.name: part.seconds for part in predictor.time.step(chosen.point).parts}
+    fewest = "The fewest" if predictor.job.strategy.checkpointing == "auto" else "The fewest of those permitted"
+    return f"{fewest} that fit ({room}); recomputing takes {human_seconds(parts['recompute'])} a step"
+
+
+def _micro_batch(predictor: Predictor, chosen: Candidate) -> str:
+    point = chosen.point
+    tokens = point.micro_batch * predictor.profile.sequence_length
+    return f"{tokens} tokens of one forward on a device, {point.accumulation} times a step"
+
+
+def _kept(predictor: Predictor, chosen: Candidate) -> str:
+    element = PRECISIONS[chosen.point.precision].compute_bytes
+    gathered = human_bytes(element * sum(predictor.groups.sizes(chosen.point.shard).blocks))
+    if chosen.point.kept:
+        return f"Keeping the blocks gathered takes {gathered} and saves every gather of a step but the first"
+    return f"Freeing gathered blocks saves up to {gathered}, for a second gather in backward"
+
+
+def _gradients(predictor: Predictor, chosen: Candidate) -> str:
+    if chosen.point.accumulation == 1:
+        return "One micro-batch a step: nothing accumulates"
+    if chosen.point.gradients_wait:
+        return f"Whole gradients accumulate and are reduced once, not {chosen.point.accumulation} times a step"
+    if chosen.point.shard == 1:
+        return "Whole gradients accumulate, as parameters are whole"
+    return f"Reduced after every micro-batch, so that each device keeps one of {chosen.point.shard} shards"
+
+
+_BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
+    "engine.name": lambda predictor, chosen: _ENGINE_BUYS[chosen.point.engine],
+    "mesh": _mesh,
+    "states.parameters": _states,
+    "states.gradients": _gradients,
+    "states.optimizer_states": _optimizer,
+    "engine.reshard_after_forward": _kept,
+    "micro_batch": _micro_batch,
+    "accumulation": _micro_batch,
+    "checkpointing": _checkpointing,
+    "precision": lambda predictor, chosen: f"{PRECISIONS[chosen.point.precision].summary.capitalize()}",
+}
+
+_VALUES: dict[str, Callable[..., str]] = {
+    "mesh": lambda mesh: " x ".join(f"{axis.name} {axis.size}" for axis in mesh.axes) or "one device",
+    "states.parameters": lambda state: str(state.degree),
+    "states.gradients": lambda state: str(state.degree),
+    "states.optimizer_states": lambda state: str(state.degree),
+    "engine.reshard_after_forward": lambda reshard: str(reshard).lower(),
+    "checkpointing": lambda checkpointing: f"{checkpointing.blocks} of {checkpointing.of} blocks",
+}

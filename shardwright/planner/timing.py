@@ -1,0 +1,162 @@
+"""Seconds of a step and their parts: the only place that predicts time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES
+from shardwright.planner.compute import KINDS, UnitWork, memory_rate, model_work
+from shardwright.planner.constants import device_constants
+from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.groups import Groups
+from shardwright.planner.lanes import Load, StepLoad, run_lanes
+from shardwright.planner.network import CollectiveKind, Links, collective_seconds
+from shardwright.planner.optimizers import OPTIMIZERS
+from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
+from shardwright.planner.space import Point, spanned_levels
+from shardwright.schemas.job import JobSpec
+from shardwright.schemas.plan import TimePart
+from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, UnitKind
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Time of one optimizer step."""
+
+    seconds: float
+    parts: tuple[TimePart, ...]
+    """They add up to `seconds`."""
+
+
+class TimeModel:
+    """Step time of every point of one job."""
+
+    def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups) -> None:
+        self._job, self._groups = job, groups
+        device = job.cluster.device
+        self._constants = device_constants(device)
+        self._memory_rate = memory_rate(device)
+        self._work: Callable[[ComputeDtypeName, int, bool], list[UnitWork]] = lru_cache(maxsize=None)(
+            lambda dtype, micro_batch, hooked: model_work(profile, dtype, micro_batch, device, hooked)
+        )
+
+    def step(self, point: Point) -> Step:
+        """Predict one step: the lanes ([Note: lanes]), then the gradient norm, the optimizer and the host."""
+        work = self._work(PRECISIONS[point.precision].compute, point.micro_batch, ENGINES[point.engine].shards)
+        lanes = run_lanes(self._load(point, work))
+        own = self._groups.sizes(point.shard).own
+        optimizer = OPTIMIZERS[self._job.train.optimizer.name].traffic_bytes(self._job.train.optimizer)
+        waits = [
+            ("parameter and gradient copies", lanes.copies, "in and out of the collectives' buffers"),
+            ("exposed gathers", lanes.gather_stall, "compute waits for parameters"),
+            ("exposed reductions", lanes.reduce_stall, "compute waits for gradients to be reduced"),
+            ("gradient norm", self._norm(point, own), "read, reduced, and the gradients scaled"),
+            ("optimizer", optimizer * own / self._memory_rate, "memory traffic of the update"),
+            ("metrics", self._metrics(point), "two small all-reduces"),
+            ("host overhead", self._constants.step_overhead.value, "batches, logging, synchronisation"),
+        ]
+        parts = (*_compute_parts(point, work), *(TimePart(name=n, seconds=s, note=note) for n, s, note in waits))
+        kept = tuple(part for part in parts if part.seconds > 0)
+        return Step(sum(part.seconds for part in kept), kept)
+
+    def _load(self, point: Point, work: list[UnitWork]) -> StepLoad:
+        blocks = [unit for unit in work if unit.kind == "block" for _ in range(unit.count)]
+        compute = [
+            (
+                unit.forward.seconds,
+                unit.backward.seconds + (unit.forward.seconds if index < point.checkpointed else 0.0),
+            )
+            for index, unit in enumerate(blocks)
+        ]
+        groups = self._sharded(point, compute) if ENGINES[point.engine].shards else self._replicated(point, compute)
+        return StepLoad(
+            blocks=groups[:-1],
+            root=groups[-1],
+            embedding=_passes(work, "embedding"),
+            head=_passes(work, "head"),
+            micro_batches=point.accumulation,
+            kept=bool(point.kept),
+            waits=point.gradients_wait,
+        )
+
+    def _sharded(self, point: Point, compute: list[tuple[float, float]]) -> list[Load]:
+        """fsdp2: every group on every lane. Equal groups are worked out once."""
+        sizes = self._groups.sizes(point.shard)
+        element = PRECISIONS[point.precision].compute_bytes
+
+        @cache
+        def communication(gathered: int, reduced: int) -> tuple[float, float, float, float, float]:
+            copied = (element if point.shard > 1 else MASTER_BYTES) + element
+            handed = element + MASTER_BYTES * (1 if point.shard > 1 else 3)
+            return (
+                self._shard_seconds("all_gather", point, element * gathered),
+                copied * gathered / self._memory_rate,
+                handed * reduced / self._memory_rate,
+                self._shard_seconds("reduce_scatter", point, MASTER_BYTES * reduced),
+                self._replicate_seconds(point, MASTER_BYTES * reduced // point.shard),
+            )
+
+        groups = zip((*sizes.blocks, sizes.root), (*sizes.block_gradients, sizes.root_gradients), strict=True)
+        return [
+            Load(*passes, *communication(gathered, reduced))
+            for passes, (gathered, reduced) in zip((*compute, (0.0, 0.0)), groups, strict=True)
+        ]
+
+    def _replicated(self, point: Point, compute: list[tuple[float, float]]) -> list[Load]:
+        """single and ddp: buckets are all-reduced when the backward of the block that fills them has ended."""
+        sizes = self._groups.sizes(1)
+        cap = DDP_BUCKET_CAP_MIB * 2**20
+        pending = MASTER_BYTES * sizes.head_numel
+        reductions = []
+        for numel in reversed(sizes.block_numels):
+            pending += MASTER_BYTES * numel
+            buckets = pending // cap
+            reductions.append(buckets * self._replicate_seconds(point, pending // buckets) if buckets else 0.0)
+            pending = 0 if buckets else pending
+        rest = pending + MASTER_BYTES * (sizes.root_numel - sizes.head_numel)
+        reductions = [*reversed(reductions), self._replicate_seconds(point, rest)]
+        return [
+            Load(*passes, gather=0.0, copy=0.0, hand_over=0.0, reduce=0.0, all_reduce=seconds)
+            for passes, seconds in zip((*compute, (0.0, 0.0)), reductions, strict=True)
+        ]
+
+    def _norm(self, point: Point, own: int) -> float:
+        clips = self._job.train.optimizer.clip_grad_norm is not None
+        scalars = MASTER_BYTES * self._groups.sizes(point.shard).tensors
+        traffic = MASTER_BYTES * own * (3 if clips else 1) / self._memory_rate
+        return traffic + self._shard_seconds("all_reduce", point, scalars)
+
+    def _metrics(self, point: Point) -> float:
+        world = spanned_levels(self._job.cluster, 1, point.world)
+        return sum(self._seconds("all_reduce", world, size) for size in (COUNTS_BYTES, LOSS_BYTES))
+
+    def _shard_seconds(self, kind: CollectiveKind, point: Point, size: int) -> float:
+        return self._seconds(kind, spanned_levels(self._job.cluster, 1, point.shard), size)
+
+    def _replicate_seconds(self, point: Point, size: int) -> float:
+        return self._seconds("all_reduce", spanned_levels(self._job.cluster, point.shard, point.replicas), size)
+
+    def _seconds(self, kind: CollectiveKind, links: Links, size: int) -> float:
+        return collective_seconds(kind, links, size, self._constants.links.value)
+
+
+def _compute_parts(point: Point, work: list[UnitWork]) -> list[TimePart]:
+    """Compute by pass and kind of operator."""
+    parts = []
+    for name in ("forward", "backward"):
+        passes = [(unit.count, unit.forward if name == "forward" else unit.backward) for unit in work]
+        for index, kind in enumerate(KINDS):
+            seconds = point.accumulation * sum(count * each.kinds[index] for count, each in passes)
+            parts.append(TimePart(name=f"{name} {kind}", seconds=seconds))
+        launch = point.accumulation * sum(count * each.launch for count, each in passes)
+        parts.append(TimePart(name=f"{name} launch", seconds=launch, note="kernels wait for the host"))
+    blocks = [unit.forward.seconds for unit in work if unit.kind == "block" for _ in range(unit.count)]
+    recomputed = point.accumulation * sum(blocks[: point.checkpointed])
+    return [*parts, TimePart(name="recompute", seconds=recomputed, note="forward of checkpointed blocks, again")]
+
+
+def _passes(work: list[UnitWork], kind: UnitKind) -> tuple[float, float]:
+    units = [unit for unit in work if unit.kind == kind]
+    return sum(unit.forward.seconds for unit in units), sum(unit.backward.seconds for unit in units)

@@ -1,0 +1,91 @@
+"""The tables of what a plan may choose: they hold what the schemas name, and what they say is so."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from planner.profiles import cpu_cluster, gpu_cluster, job
+from shardwright.planner import DDP_BUCKET_CAP_MIB, ENGINES, LR_SCHEDULES, OPTIMIZERS, PRECISIONS, needed_dtypes
+from shardwright.planner.explain import REASONED
+from shardwright.planner.reasons import buys, shown
+from shardwright.schemas.job import OptimizerSpec, ScheduleSpec
+from shardwright.schemas.plan import Decision, Engine
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "field"),
+    [
+        (ENGINES, Engine, "name"),
+        (PRECISIONS, Decision, "precision"),
+        (OPTIMIZERS, OptimizerSpec, "name"),
+        (LR_SCHEDULES, ScheduleSpec, "name"),
+    ],
+)
+def test_tables_hold_what_the_schemas_name(table: dict[str, Any], model: Any, field: str) -> None:
+    assert set(table) == set(get_args(model.model_fields[field].annotation))
+
+
+@pytest.mark.parametrize(
+    ("engine", "world", "degree", "precision", "runs"),
+    [
+        ("single", 1, 1, "fp32", True),
+        ("single", 1, 1, "bf16_mixed", False),
+        ("single", 2, 1, "fp32", False),
+        ("ddp", 1, 1, "fp32", False),
+        ("ddp", 8, 1, "fp32", True),
+        ("ddp", 8, 2, "fp32", False),
+        ("ddp", 8, 1, "bf16_mixed", False),
+        ("fsdp2", 1, 1, "bf16_mixed", True),
+        ("fsdp2", 8, 1, "bf16_mixed", True),
+        ("fsdp2", 8, 1, "fp32", False),
+        ("fsdp2", 8, 4, "fp32", True),
+    ],
+)
+def test_what_engines_run(engine: Any, world: int, degree: int, precision: Any, runs: bool) -> None:
+    assert ENGINES[engine].runs(world=world, degree=degree, precision=precision) is runs
+
+
+@pytest.mark.parametrize(("world", "degree"), [(1, 1), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_exactly_one_engine_runs_each_point(world: int, degree: int, precision: Any) -> None:
+    assert sum(each.runs(world=world, degree=degree, precision=precision) for each in ENGINES.values()) == 1
+
+
+def test_optimizer_bytes() -> None:
+    adamw, sgd = OPTIMIZERS["adamw"], OPTIMIZERS["sgd"]
+    plain, momentum = OptimizerSpec(name="sgd", momentum=0), OptimizerSpec(name="sgd", momentum=0.9)
+    assert adamw.state_bytes(OptimizerSpec(), elements=100, tensors=3) == 812
+    assert sgd.state_bytes(plain, elements=100, tensors=3) == 0
+    assert sgd.state_bytes(momentum, elements=100, tensors=3) == 400
+    assert [adamw.traffic_bytes(OptimizerSpec()), sgd.traffic_bytes(plain), sgd.traffic_bytes(momentum)] == [28, 12, 20]
+
+
+@pytest.mark.parametrize(
+    ("name", "middle", "end"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)]
+)
+def test_lr_schedules(name: Any, middle: float, end: float) -> None:
+    assert LR_SCHEDULES[name](0.0, 0.1) == pytest.approx(1.0)
+    assert LR_SCHEDULES[name](0.5, 0.1) == pytest.approx(middle)
+    assert LR_SCHEDULES[name](1.0, 0.1) == pytest.approx(end)
+
+
+def test_needed_dtypes_follow_strategy_quality_and_device() -> None:
+    assert needed_dtypes(job(gpu_cluster())) == ("fp32", "bf16")
+    assert needed_dtypes(job(gpu_cluster(), quality="exact")) == ("fp32",)
+    assert needed_dtypes(job(gpu_cluster(), strategy={"precision": "bf16_mixed"})) == ("bf16",)
+    old = cpu_cluster(2)
+    old = old.model_copy(update={"device": old.device.model_copy(update={"peak": {"fp32": 1e9}})})
+    assert needed_dtypes(job(old)) == ("fp32",)
+
+
+def test_every_reasoned_key_has_words(toy_choice: Any) -> None:
+    predictor, candidate, decision = toy_choice
+    for key in REASONED:
+        assert buys(key, predictor, candidate)
+        assert shown(decision, key)
+
+
+def test_bucket_cap_is_a_whole_number_of_mebibytes() -> None:
+    assert isinstance(DDP_BUCKET_CAP_MIB, int)
