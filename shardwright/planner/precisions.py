@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from shardwright.schemas.base import permits
 from shardwright.schemas.cluster import ComputeDtype
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import ComputeDtypeName
@@ -60,17 +61,22 @@ PRECISIONS: Mapping[Precision, PrecisionTraits] = MappingProxyType(
 )
 
 
-def permitted_precisions(job: JobSpec) -> tuple[Precision, ...]:
-    """Those that the job's strategy and quality and the device's datasheet allow, in the table's order."""
+def possible_precisions(job: JobSpec) -> tuple[Precision, ...]:
+    """Those that the job's quality and the device's datasheet allow, in the table's order."""
     return tuple(
         name
         for name, traits in PRECISIONS.items()
-        if (job.strategy.precision == "auto" or name in job.strategy.precision)
-        and QUALITIES.index(job.quality) >= QUALITIES.index(traits.quality)
+        if QUALITIES.index(job.quality) >= QUALITIES.index(traits.quality)
         and traits.hardware in job.cluster.device.peak
     )
 
 
+def permitted_precisions(job: JobSpec) -> tuple[Precision, ...]:
+    """The possible ones that the job's strategy allows."""
+    return tuple(name for name in possible_precisions(job) if permits(job.strategy.precision, name))
+
+
 def needed_dtypes(job: JobSpec) -> tuple[ComputeDtypeName, ...]:
-    """Compute dtypes that a profile must hold for `make_plan` to consider everything that the job permits."""
-    return tuple(PRECISIONS[name].compute for name in permitted_precisions(job))
+    """Compute dtypes that a profile must hold for `make_plan` to consider everything that the job permits, and, where
+    nothing of that fits, what another precision would do."""
+    return tuple(PRECISIONS[name].compute for name in possible_precisions(job))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from shardwright.planner.engines import EngineName
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
 from shardwright.planner.predict import Predictor
 from shardwright.planner.search import Candidate
@@ -25,11 +24,15 @@ def shown(decision: Decision, key: str) -> str:
     return _VALUES.get(key, str)(value)
 
 
-_ENGINE_BUYS: Mapping[EngineName, str] = {
-    "single": "One device needs no communication",
-    "ddp": "Replicated states need no gathers, only one all-reduce of the gradients a step",
-    "fsdp2": "Shards the states, and computes in bfloat16 on float32 masters where that is chosen",
-}
+def _engine(predictor: Predictor, chosen: Candidate) -> str:
+    point = chosen.point
+    if point.engine == "single":
+        return "One device needs no communication"
+    if point.engine == "ddp":
+        return "Replicated states need no gathers, only one all-reduce of the gradients a step"
+    if point.shard == 1:
+        return f"{PRECISIONS[point.precision].short} compute on float32 masters; nothing is sharded"
+    return f"Shards parameters and optimizer states over {point.shard} devices, and gathers block by block"
 
 
 def _mesh(predictor: Predictor, chosen: Candidate) -> str:
@@ -72,6 +75,12 @@ def _micro_batch(predictor: Predictor, chosen: Candidate) -> str:
     return f"{tokens} tokens of one forward on a device, {point.accumulation} times a step"
 
 
+def _accumulation(predictor: Predictor, chosen: Candidate) -> str:
+    point = chosen.point
+    at_once = point.micro_batch * point.world
+    return f"{at_once} sequences run at once, so a global batch takes {point.accumulation} rounds"
+
+
 def _kept(predictor: Predictor, chosen: Candidate) -> str:
     element = PRECISIONS[chosen.point.precision].compute_bytes
     gathered = human_bytes(element * sum(predictor.groups.sizes(chosen.point.shard).blocks))
@@ -91,14 +100,14 @@ def _gradients(predictor: Predictor, chosen: Candidate) -> str:
 
 
 _BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
-    "engine.name": lambda predictor, chosen: _ENGINE_BUYS[chosen.point.engine],
+    "engine.name": _engine,
     "mesh": _mesh,
     "states.parameters": _states,
     "states.gradients": _gradients,
     "states.optimizer_states": _optimizer,
     "engine.reshard_after_forward": _kept,
     "micro_batch": _micro_batch,
-    "accumulation": _micro_batch,
+    "accumulation": _accumulation,
     "checkpointing": _checkpointing,
     "precision": lambda predictor, chosen: f"{PRECISIONS[chosen.point.precision].summary.capitalize()}",
 }

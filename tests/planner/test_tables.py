@@ -74,7 +74,7 @@ def test_lr_schedules(name: Any, middle: float, end: float) -> None:
 def test_needed_dtypes_follow_strategy_quality_and_device() -> None:
     assert needed_dtypes(job(gpu_cluster())) == ("fp32", "bf16")
     assert needed_dtypes(job(gpu_cluster(), quality="exact")) == ("fp32",)
-    assert needed_dtypes(job(gpu_cluster(), strategy={"precision": "bf16_mixed"})) == ("bf16",)
+    assert needed_dtypes(job(gpu_cluster(), strategy={"precision": "bf16_mixed"})) == ("fp32", "bf16")
     old = cpu_cluster(2)
     old = old.model_copy(update={"device": old.device.model_copy(update={"peak": {"fp32": 1e9}})})
     assert needed_dtypes(job(old)) == ("fp32",)

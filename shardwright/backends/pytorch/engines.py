@@ -1,0 +1,75 @@
+"""The emitting halves of the planner's `ENGINES`: what each adds to a script. Its code is in `templates/engines/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from shardwright.backends.pytorch.text import assignment
+from shardwright.planner.engines import DDP_BUCKET_CAP_MIB
+from shardwright.schemas.plan import Decision
+
+
+class Flag(NamedTuple):
+    """A setting of FSDP2 that says, at each micro-batch, whether it is the step's last."""
+
+    call: str
+    comment: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEmitter:
+    """One engine's share of a script."""
+
+    grouped: bool
+    """Whether it needs a process group, also for one process."""
+    constants: Callable[[Decision], str]
+    """Its constants, with the mesh."""
+    shards_blocks: bool
+    """Whether it names the blocks."""
+
+
+def micro_batch_flags(decision: Decision) -> tuple[Flag, ...]:
+    """What must be set per micro-batch so that FSDP2 moves exactly what the plan says.
+
+    `set_requires_gradient_sync(False)` adds whole gradients up (gradient degree 1); `set_requires_all_reduce(False)`
+    adds up shards inside `dp_shard` and leaves the copies apart until the last micro-batch;
+    `set_reshard_after_backward(False)` keeps gathered parameters from one micro-batch to the next. See
+    https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
+    """
+    if decision.engine.name != "fsdp2" or decision.accumulation == 1:
+        return ()
+    sizes = {axis.name: axis.size for axis in decision.mesh.axes}
+    flags = []
+    if decision.states.gradients.degree == 1:
+        flags.append(Flag("set_requires_gradient_sync", "whole gradients add up; the last micro-batch reduces them"))
+    elif sizes.get("dp_replicate", 1) > 1:
+        flags.append(Flag("set_requires_all_reduce", "copies of the shards add up on their own until the last one"))
+    if not decision.engine.reshard_after_forward:
+        flags.append(Flag("set_reshard_after_backward", "parameters stay gathered from one micro-batch to the next"))
+    return tuple(flags)
+
+
+def _mesh(decision: Decision) -> str:
+    axes = decision.mesh.axes
+    return "\n".join(
+        [
+            assignment("MESH_SHAPE", tuple(axis.size for axis in axes)),
+            assignment("MESH_AXES", tuple(axis.name for axis in axes)),
+        ]
+    )
+
+
+def _bucket(decision: Decision) -> str:
+    return assignment("BUCKET_MIB", DDP_BUCKET_CAP_MIB, "gradients are all-reduced in buckets of this size")
+
+
+ENGINES: Mapping[str, EngineEmitter] = MappingProxyType(
+    {
+        "single": EngineEmitter(grouped=False, constants=lambda decision: "", shards_blocks=False),
+        "ddp": EngineEmitter(grouped=True, constants=_bucket, shards_blocks=False),
+        "fsdp2": EngineEmitter(grouped=True, constants=_mesh, shards_blocks=True),
+    }
+)

@@ -1,0 +1,100 @@
+"""The docstring of a script: how to start it, and the plan in a few lines with what it is predicted to cost."""
+
+from __future__ import annotations
+
+from math import ceil
+from textwrap import fill
+
+from shardwright.backends.pytorch.text import docstring_text, prose
+from shardwright.planner.precisions import PRECISIONS
+from shardwright.schemas.plan import Decision, Plan
+from shardwright.schemas.units import human_bytes, human_count, human_seconds
+
+_WIDTH = 116
+_LEFT = 62
+
+
+def headline(plan: Plan) -> str:
+    """What is trained on what, with which plan: one line where it fits."""
+    source = plan.job.model.factory or plan.model.name
+    return _wrapped(f"Train {source} on {plan.decision.mesh.world_size} x {plan.job.cluster.device.name}: {plan.name}.")
+
+
+def launch_lines(plan: Plan, nodes: int, grouped: bool) -> str:
+    """The commands that start and resume it."""
+    per_node = ceil(plan.decision.mesh.world_size / nodes)
+    if plan.job.cluster.launcher == "slurm":
+        start = "sbatch train.slurm"
+    elif not grouped:
+        start = "python train.py"
+    elif nodes == 1:
+        start = f"torchrun --standalone --nproc-per-node {per_node} train.py"
+    else:
+        start = "HEAD=node0 ./launch.sh"
+    where = "" if nodes == 1 or "sbatch" in start else f" on each of the {nodes} nodes"
+    resume = f"{start} --resume"
+    width = len(resume) + 4
+    return (
+        f"    {start:<{width}}# start{where}: checkpoints and metrics.jsonl go to ./out\n"
+        f"    {resume:<{width}}# go on from the newest checkpoint there"
+    )
+
+
+def plan_lines(plan: Plan) -> str:
+    """Two columns: what was decided, and what it is predicted to cost."""
+    left = _decided(plan.decision, plan.job.train.global_batch_sequences)
+    right = _predicted(plan)
+    rows = [("Plan (plan.json)", "Predicted")]
+    for number in range(max(len(left), len(right))):
+        key, value = left[number] if number < len(left) else ("", "")
+        other, cost = right[number] if number < len(right) else ("", "")
+        rows.append((f"  {key:<13} {value}", f"{other:<12} {cost}"))
+    lines = [f"{a:<{_LEFT}}{b}" if len(a) < _LEFT else f"{a}\n{'':<{_LEFT}}{b}" for a, b in rows]
+    return docstring_text("\n".join(line.rstrip() for line in lines))
+
+
+def closing_lines(plan: Plan, local: tuple[str, ...]) -> str:
+    """What the script needs, and whose it is."""
+    packages = ", ".join(("torch", *plan.model.packages))
+    beside = ", ".join(("shardwright_runtime/", *local))
+    return _wrapped(
+        f"Compiled by shardwright from {plan.job_file}. The file is yours to read and change: it needs {packages}, and "
+        f"beside it {beside}."
+    )
+
+
+def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
+    mesh, states, recomputed = decision.mesh, decision.states, decision.checkpointing
+    axes = " x ".join(f"{axis.name} {axis.size}" for axis in mesh.axes) or "one process"
+    kept = {True: ", freed after forward", False: ", kept gathered", None: ""}[decision.engine.reshard_after_forward]
+    degrees = (
+        f"parameters /{states.parameters.degree}, gradients /{states.gradients.degree}, "
+        f"optimizer /{states.optimizer_states.degree}"
+    )
+    batch = f"{global_batch} = {mesh.world_size} x {decision.micro_batch} x {decision.accumulation} micro-batches"
+    return [
+        ("engine", f"{decision.engine.name}{kept}"),
+        ("mesh", axes),
+        ("shards", degrees if decision.states.parameters.degree > 1 else "none: every process holds all states"),
+        ("batch", batch),
+        ("precision", PRECISIONS[decision.precision].summary.split(",")[0]),
+        ("recomputed", f"{recomputed.blocks} of {recomputed.of} blocks"),
+    ]
+
+
+def _predicted(plan: Plan) -> list[tuple[str, str]]:
+    prediction, memory = plan.prediction, plan.prediction.memory
+    largest = max(prediction.time, key=lambda part: part.seconds, default=None)
+    part = f"{largest.name} ({human_seconds(largest.seconds)})" if largest else "unknown"
+    return [
+        ("step time", human_seconds(prediction.step_time_s)),
+        ("tokens/s", human_count(prediction.tokens_per_s)),
+        ("MFU", f"{prediction.mfu:.1%}"),
+        ("allocated", human_bytes(memory.peak_allocated_bytes)),
+        ("reserved", f"{human_bytes(memory.peak_reserved_bytes)} of {human_bytes(plan.job.device_memory_limit)}"),
+        ("most time", part),
+    ]
+
+
+def _wrapped(text: str) -> str:
+    return docstring_text(fill(prose(text), _WIDTH, break_long_words=False, break_on_hyphens=False))
