@@ -288,11 +288,6 @@ class JobSpec(Spec):
     reduction). `lossy`: also what may change the result; nothing of that kind is offered yet."""
 
     @property
-    def device_memory_limit(self) -> int:
-        """Bytes that the plan may reserve on one device."""
-        return self.budget.device_memory or self.cluster.device.memory
-
-    @property
     def host_memory_limit(self) -> int:
         """Bytes that the plan may use on one host."""
         return self.budget.host_memory or self.cluster.host_memory

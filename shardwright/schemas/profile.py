@@ -96,7 +96,8 @@ class UnitCost:
     output: Affine
     """Bytes of the activation that leaves the unit."""
     forward_peak: Affine
-    """Most bytes alive at once during forward beyond what was alive before it, results included."""
+    """Most bytes alive at once during forward, nothing checkpointed, beyond what was alive before it, results
+    included."""
     backward_peak: dict[Policy, Affine]
     """Most bytes alive at once during backward beyond what was alive before it: gradients of activations and
     temporaries; under `full` also the recomputed activations. Never parameter gradients, nor the gradient of the
@@ -132,11 +133,11 @@ class Cut:
     """A place between two units where the model could be divided into pipeline stages."""
 
     after: str
-    """Module path of the unit before the cut."""
+    """Module path of the block before the cut; `embedding` before the first block."""
     tensors: int
     """Activations alive across it."""
     bytes: int
-    """Their bytes at micro-batch 1."""
+    """Their bytes at micro-batch 1, in the dtypes that the model declares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

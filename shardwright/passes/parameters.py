@@ -1,0 +1,66 @@
+"""The parameters and buffers of a model, and which FSDP group owns each parameter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import nn
+
+from shardwright.passes.build import Built
+from shardwright.schemas.diagnostics import Diagnostic, InputError
+from shardwright.schemas.profile import Parameter, Unit
+
+ROOT = -1
+
+
+def collect_parameters(built: Built, units: Sequence[Unit]) -> tuple[Parameter, ...]:
+    """Distinct parameters in order of registration. `fully_shard` on the blocks, then on the model, gives a block's
+    parameters to the block and the rest to the root; torch 2.13 refuses a parameter that two groups would share
+    ("is shared with a parameter already managed by another FSDP group"), and so do we."""
+    names = _names(built.module)
+    unit_of = {path: index for index, unit in enumerate(units) for path in unit.paths}
+    parameters = []
+    for parameter in built.module.parameters():
+        own, *others = names[id(parameter)]
+        owners = sorted({_block_of(name, unit_of) for name in (own, *others)}, key=lambda path: (path != "", path))
+        if len(owners) > 1:
+            places = " and ".join(f"block {path}" if path else "the rest of the model" for path in owners)
+            raise InputError(
+                Diagnostic(
+                    key=built.key,
+                    message=f"parameter {own} is also {', '.join(others)}: {places} share it, "
+                    "but each is sharded on its own",
+                    suggestion="tie parameters within one block, or outside of all blocks (as an embedding and a head)",
+                )
+            )
+        unit = unit_of[owners[0]] if owners[0] else ROOT
+        parameters.append(
+            Parameter(
+                name=own,
+                shape=tuple(parameter.shape),
+                trainable=parameter.requires_grad,
+                unit=unit,
+                also=tuple(others),
+            )
+        )
+    return tuple(parameters)
+
+
+def buffer_bytes(module: nn.Module) -> int:
+    """Bytes of the distinct buffers: every process holds them all, in their own dtype."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+
+
+def _names(module: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return names
+
+
+def _block_of(name: str, unit_of: dict[str, int]) -> str:
+    """Path of the block that a parameter lies in; empty outside all blocks."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix in unit_of), "")

@@ -1,0 +1,60 @@
+"""What a script must bring along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from passes.jobs import LLAMA, USER, make_job
+from passes.models import profile_of
+from shardwright.passes import profile_model
+
+
+def test_files_of_the_model(tmp_path: Path) -> None:
+    profile = profile_model(make_job({"factory": "gpt:build"}), USER, ("fp32",))
+    assert profile.local_sources == ("gpt.py", "layers.py")
+    assert profile.packages == ()
+
+
+def test_everything_that_is_imported_is_found(tmp_path: Path) -> None:
+    files = {
+        "parts/__init__.py": "from .norms import Norm",
+        "parts/norms.py": "from torch import nn\nNorm = nn.LayerNorm",
+        "parts/unused.py": "",
+        "late.py": "import deeper.down",
+        "deeper/down.py": "x = 1",
+        "dynamic.py": "",
+        "losses.py": "import helpers\nfrom user import F\n"
+        "def loss(o, b): return F.cross_entropy(o.flatten(0, 1), b['targets'].flatten(), reduction='sum')",
+        "helpers.py": "import numpy, yaml.nodes\ntry:\n    import no_such_package\nexcept ImportError: pass",
+        "unrelated.py": "raise SystemExit",
+        ".venv/lib/site-packages/inside.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    source = """
+    import importlib, sys
+    from parts import Norm
+    importlib.import_module("dynamic")
+    sys.path.append(__file__.replace("user.py", ".venv/lib/site-packages"))
+    import inside
+    def lately():
+        import late
+    """
+    profile = profile_of(tmp_path, source, loss="losses:loss")
+    assert profile.local_sources == (
+        "deeper/down.py",
+        "dynamic.py",
+        "helpers.py",
+        "late.py",
+        "losses.py",
+        "parts/__init__.py",
+        "parts/norms.py",
+        "user.py",
+    )
+    assert profile.packages == ("PyYAML", "numpy")
+
+
+def test_hugging_face_needs_its_package_only(tmp_path: Path) -> None:
+    profile = profile_model(make_job({"hf": LLAMA}), tmp_path, ("bf16",))
+    assert (profile.local_sources, profile.packages) == ((), ("transformers",))
