@@ -6,6 +6,7 @@ from math import ceil
 from textwrap import fill
 
 from shardwright.backends.pytorch.text import docstring_text, prose
+from shardwright.planner.constants import device_budget
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.schemas.plan import Decision, Plan
 from shardwright.schemas.units import human_bytes, human_count, human_seconds
@@ -84,6 +85,7 @@ def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
 
 def _predicted(plan: Plan) -> list[tuple[str, str]]:
     prediction, memory = plan.prediction, plan.prediction.memory
+    limit = device_budget(plan.job.cluster, plan.job.budget.device_memory)
     largest = max(prediction.time, key=lambda part: part.seconds, default=None)
     part = f"{largest.name} ({human_seconds(largest.seconds)})" if largest else "unknown"
     return [
@@ -91,7 +93,7 @@ def _predicted(plan: Plan) -> list[tuple[str, str]]:
         ("tokens/s", human_count(prediction.tokens_per_s)),
         ("MFU", f"{prediction.mfu:.1%}"),
         ("allocated", human_bytes(memory.peak_allocated_bytes)),
-        ("reserved", f"{human_bytes(memory.peak_reserved_bytes)} of {human_bytes(plan.job.device_memory_limit)}"),
+        ("reserved", f"{human_bytes(memory.peak_reserved_bytes)} of {human_bytes(limit)}"),
         ("most time", part),
     ]
 

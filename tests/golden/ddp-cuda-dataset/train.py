@@ -8,7 +8,7 @@ Plan (plan.json)                                              Predicted
   mesh          dp_replicate 16                               tokens/s     12.3 k
   shards        none: every process holds all states          MFU          42.0%
   batch         48 = 16 x 3 x 1 micro-batches                 allocated    1 MiB
-  precision     float32 throughout                            reserved     2 MiB of 8 GiB
+  precision     float32 throughout                            reserved     2 MiB of 7 GiB
   recomputed    0 of 3 blocks                                 most time    compute (10 ms)
 
 Compiled by shardwright from ../job.yaml. The file is yours to read and change: it needs torch, and beside it

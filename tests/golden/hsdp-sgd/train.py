@@ -8,7 +8,7 @@ Plan (plan.json)                                              Predicted
   mesh          dp_replicate 2 x dp_shard 8                   tokens/s     12.3 k
   shards        parameters /8, gradients /8, optimizer /8     MFU          42.0%
   batch         48 = 16 x 1 x 3 micro-batches                 allocated    1 MiB
-  precision     float32 throughout                            reserved     2 MiB of 8 GiB
+  precision     float32 throughout                            reserved     2 MiB of 7 GiB
   recomputed    3 of 3 blocks                                 most time    compute (10 ms)
 
 Compiled by shardwright from ../job.yaml. The file is yours to read and change: it needs torch, and beside it

@@ -1,0 +1,29 @@
+"""Draws jobs, profiles, plans and errors as rich renderables. Pure: nothing here prints."""
+
+from shardwright.report.devices import draw_devices
+from shardwright.report.diagnostics import diagnostic_fields, draw_diagnostic, draw_input_error
+from shardwright.report.emission import draw_emission
+from shardwright.report.job import draw_job, job_facts
+from shardwright.report.plan import draw_inspection, draw_plan, draw_summary
+from shardwright.report.profile import draw_profile
+from shardwright.report.rehearsal import draw_rehearsal, rehearsal_fields
+from shardwright.report.search import draw_infeasible, draw_why, why_fields
+
+__all__ = [
+    "diagnostic_fields",
+    "draw_devices",
+    "draw_diagnostic",
+    "draw_emission",
+    "draw_infeasible",
+    "draw_input_error",
+    "draw_inspection",
+    "draw_job",
+    "draw_plan",
+    "draw_profile",
+    "draw_rehearsal",
+    "draw_summary",
+    "draw_why",
+    "job_facts",
+    "rehearsal_fields",
+    "why_fields",
+]

@@ -1,0 +1,160 @@
+"""Drawings of a plan: what was decided, what it is predicted to cost, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from shardwright.planner.constants import device_budget
+from shardwright.report.layout import (
+    Bar,
+    Cell,
+    Column,
+    Footnotes,
+    Grid,
+    Row,
+    duration,
+    facts,
+    heading,
+    page,
+    percent,
+    plural,
+)
+from shardwright.report.memory import against_limit, draw_memory
+from shardwright.report.search import draw_alternatives, draw_why
+from shardwright.report.time import draw_collectives, draw_time
+from shardwright.schemas.cluster import ClusterSpec
+from shardwright.schemas.job import JobSpec
+from shardwright.schemas.plan import Decision, Plan, StateSharding
+from shardwright.schemas.units import human_count, human_seconds
+
+_PRECISIONS = {
+    "fp32": "fp32 throughout",
+    "bf16_mixed": "bf16_mixed: computes in bf16, keeps parameters and reduces gradients in fp32",
+}
+_STATES = ("parameters", "gradients", "optimizer_states")
+
+
+def draw_summary(plan: Plan) -> Group:
+    """The plan in a dozen lines: decided above, predicted below."""
+    decided = facts((("model", _model(plan)), ("cluster", cluster_line(plan.job.cluster)), *_decided(plan)))
+    predicted = facts(_predicted(plan))
+    return Group(Text(plan.name, style="bold green"), Text(), decided, Text(), heading("Predicted"), predicted)
+
+
+def device_limit(job: JobSpec) -> int:
+    """Bytes that the allocator may reserve on one device."""
+    return device_budget(job.cluster, job.budget.device_memory)
+
+
+def _model(plan: Plan) -> str:
+    attention = "" if plan.model.attention == "none" else f", {plan.model.attention} attention"
+    return f"{plan.model.name}, {human_count(plan.model.parameters)} parameters{attention}"
+
+
+def cluster_line(cluster: ClusterSpec) -> str:
+    """`8 x h100-sxm-80gb (node of 8)`, levels fastest first."""
+    levels = " x ".join(f"{level.name} of {level.size}" for level in cluster.levels)
+    return f"{cluster.world_size} x {cluster.device.name} ({levels})"
+
+
+def _decided(plan: Plan) -> Iterable[tuple[str, str]]:
+    decision = plan.decision
+    yield "engine", _engine(decision)
+    yield "mesh", " x ".join(_axis(axis.name, axis.size, axis.levels) for axis in decision.mesh.axes) or "one process"
+    for name in _STATES:
+        yield name.replace("_", " "), _sharding(getattr(decision.states, name))
+    yield "global batch", _batch(plan)
+    yield "checkpointing", _checkpointing(decision)
+    yield "precision", _PRECISIONS[decision.precision]
+
+
+def _engine(decision: Decision) -> str:
+    kept = {None: "", True: ", parameters freed after forward", False: ", parameters kept after forward"}
+    return decision.engine.name + kept[decision.engine.reshard_after_forward]
+
+
+def _axis(name: str, size: int, levels: tuple[str, ...]) -> str:
+    return f"{name} {size}" + (f" over {', '.join(levels)}" if levels else "")
+
+
+def _sharding(state: StateSharding) -> str:
+    if state.degree == 1:
+        return "whole on each device"
+    return f"1/{state.degree} on each device" + (f", one copy over {', '.join(state.levels)}" if state.levels else "")
+
+
+def _batch(plan: Plan) -> str:
+    decision, train = plan.decision, plan.job.train
+    sequences = train.global_batch_sequences
+    split = (
+        f"{plural(decision.mesh.world_size, 'device')} x micro-batch {decision.micro_batch}"
+        f" x {plural(decision.accumulation, 'accumulation step')}"
+    )
+    return f"{plural(sequences, 'sequence')} = {split}; {human_count(sequences * train.sequence_length)} tokens"
+
+
+def _checkpointing(decision: Decision) -> str:
+    chosen = decision.checkpointing
+    if chosen.policy == "none" or chosen.blocks == 0:
+        return "none"
+    return f"{chosen.blocks} of {plural(chosen.of, 'block')} recomputed in backward"
+
+
+def _predicted(plan: Plan) -> list[tuple[str, Cell]]:
+    prediction, train = plan.prediction, plan.job.train
+    reserved, limit = prediction.memory.peak_reserved_bytes, device_limit(plan.job)
+    rate = f"{human_count(prediction.tokens_per_s)} tokens/s, MFU {percent(prediction.mfu)}"
+    tokens = train.total_steps * train.global_batch_sequences * train.sequence_length
+    return [
+        ("step", f"{human_seconds(prediction.step_time_s)}, {rate}"),
+        (
+            "run",
+            f"{plural(train.total_steps, 'step')}, {human_count(tokens)} tokens,"
+            f" {duration(train.total_steps * prediction.step_time_s)}",
+        ),
+        ("memory", Text.assemble(against_limit(reserved, limit), " reserved")),
+        ("", Bar(reserved / limit, 32, track=True)),
+    ]
+
+
+def draw_reasons(plan: Plan) -> Group:
+    """Why each key of the decision has its value, in one sentence each."""
+    rows = [Row((reason.key.removeprefix("decision."), first_sentence(reason.because))) for reason in plan.reasons]
+    title = heading("Why", "`inspect --why KEY` says more")
+    return Group(title, Grid((Column("decision"), Column("because", "prose")), rows))
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence."""
+    sentence, stop, _ = text.partition(". ")
+    return sentence + stop.strip()
+
+
+def draw_assumptions(plan: Plan) -> Group:
+    """Numbers that the prediction rests on, with their origin."""
+    notes = Footnotes()
+    columns = (Column("assumed"), Column("value", "prose"), Column("origin"))
+    rows = [Row((one.name, one.value, one.origin + notes.mark(one.source))) for one in plan.assumptions]
+    return Group(heading("Assumptions"), Grid(columns, rows), Text(), notes.drawn())
+
+
+def draw_plan(plan: Plan) -> Group:
+    """What `plan` shows: the summary, the reasons, what came closest."""
+    return page(draw_summary(plan), draw_reasons(plan), draw_alternatives(plan, most=3))
+
+
+def draw_inspection(plan: Plan) -> Group:
+    """Everything in the plan."""
+    parts: tuple[RenderableType, ...] = (
+        draw_summary(plan),
+        draw_memory(plan.prediction.memory, device_limit(plan.job)),
+        draw_time(plan.prediction),
+        draw_collectives(plan.prediction.collectives),
+        draw_why(plan),
+        draw_alternatives(plan),
+        draw_assumptions(plan),
+    )
+    return page(*parts)
