@@ -1,0 +1,113 @@
+"""What is measured inside each process of a rehearsal, around an emitted script that knows nothing of it.
+
+torch's public global hooks give the moments: `register_module_forward_pre_hook` the first module called, which is the
+whole model, and `register_optimizer_step_pre_hook` and `..._post_hook` the optimizer before and after each step. What
+lies between the ends of two neighbouring steps is one whole step, wherever the script starts its own count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from shardwright.rehearse.collectives import CollectiveLog
+
+
+class Observer:
+    """Watches one process; `save` writes what it saw in the last step, `weights` before the first and after it.
+
+    The last step is a steady one: DistributedDataParallel regroups its buckets, and broadcasts them, in the second.
+    """
+
+    def __init__(self, collectives: CollectiveLog, steps: int, rank: int, folder: Path) -> None:
+        self._collectives = collectives
+        self._steps = steps
+        self._rank = rank
+        self._folder = folder
+        self._step = 0
+        self._model: nn.Module | None = None
+        self._drawn = False
+        self._generator_after_step = torch.get_rng_state()
+        self._handle = register_module_forward_pre_hook(self._first_forward)
+        register_optimizer_step_pre_hook(self._before_step)
+        register_optimizer_step_post_hook(self._after_step)
+
+    def _first_forward(self, module: nn.Module, inputs: Any) -> None:
+        self._model = module.module if isinstance(module, DistributedDataParallel) else module
+        self._handle.remove()
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._step == 0:
+            self._save_weights("initial")
+        self._drawn |= random_numbers_drawn(self._generator_after_step)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._step += 1
+        if self._step == self._steps:
+            self._save_findings(optimizer)
+            self._save_weights("final")
+        self._generator_after_step = torch.get_rng_state()
+        self._collectives.clear()
+
+    def _save_findings(self, optimizer: Optimizer) -> None:
+        findings = {
+            "at_rest": at_rest(self._parameters(), optimizer),
+            "collectives": [[*call, count] for call, count in sorted(self._collectives.calls.items())],
+            "unseen_collectives": self._collectives.unseen,
+            "random_numbers_drawn": self._drawn,
+        }
+        (self._folder / f"rank-{self._rank}.json").write_text(json.dumps(findings), encoding="utf-8")
+
+    def _save_weights(self, when: str) -> None:
+        """Whole tensors by name; every process takes part, because sharded ones are gathered."""
+        whole = {name: _whole(parameter) for name, parameter in self._named_parameters()}
+        if self._rank == 0:
+            torch.save(whole, self._folder / f"{when}.pt")
+
+    def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        assert self._model is not None, "the optimizer stepped before any module was called"
+        return self._model.named_parameters()
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for _, parameter in self._named_parameters()]
+
+
+def at_rest(parameters: Iterable[Tensor], optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of the distinct storages of this process by model state, while the optimizer's step ends."""
+    parameters = list(parameters)
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return {
+        "parameters": _storage_bytes([*parameters, *own]),
+        "gradients": _storage_bytes(p.grad for p in [*parameters, *own] if p.grad is not None),
+        "optimizer_states": _storage_bytes(states),
+    }
+
+
+def random_numbers_drawn(before: Tensor) -> bool:
+    """Whether the CPU generator has moved since it was in the state `before` or, if later, since it was seeded."""
+    now = torch.get_rng_state()
+    seeded = torch.Generator().manual_seed(torch.initial_seed()).get_state()
+    return not torch.equal(now, before) and not torch.equal(now, seeded)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = [_local(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()

@@ -1,0 +1,181 @@
+"""From a plan for a cluster to jobs that this machine can run: the same decision, smaller.
+
+Nothing is left for the planner to choose: every decision is pinned to what the plan says, shrunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shardwright.rehearse.report_types import Change
+from shardwright.rehearse.shrink_mesh import SmallMesh, shrink_mesh
+from shardwright.rehearse.shrink_model import SMALL_VOCABULARY, shrink_model
+from shardwright.schemas.cluster import ClusterSpec, DeviceSpec
+from shardwright.schemas.job import DataSpec, JobSpec, OptimizerSpec, StatesSpec, StrategySpec, SyntheticSpec, TrainSpec
+from shardwright.schemas.job_files import expand
+from shardwright.schemas.plan import Checkpointing, Decision, Plan
+from shardwright.schemas.units import Amount
+
+_SEQUENCE_LENGTH = 64
+_MICRO_BATCH = 2
+_ACCUMULATION = 3
+"""A first micro-batch, a last one and one between: the flags of accumulation treat these differently."""
+
+_PROCESS = DeviceSpec.model_validate(
+    {
+        "name": "cpu-process",
+        "kind": "cpu",
+        "memory": "1024TiB",
+        "peak": {"fp32": "100GFLOP/s", "bf16": "100GFLOP/s"},
+        "memory_bandwidth": "10GB/s",
+        "source": "stands for whatever this machine is; the times predicted for a rehearsal mean nothing",
+    }
+)
+"""More memory than there is, so that the limit never decides what is rehearsed."""
+
+Precision = Literal["fp32", "bf16_mixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallJob:
+    """What is rehearsed: the job without its decisions, and the sizes that they take."""
+
+    job: JobSpec
+    """With every decision `auto`, for the model to be profiled."""
+    mesh: SmallMesh
+    micro_batch: int
+    accumulation: int
+    changes: tuple[Change, ...]
+
+
+def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
+    """Shrink a plan to at most `processes` processes. `folder`: where relative paths of the job start.
+
+    Raises InputError if the model's configuration cannot be read.
+    """
+    job, decision = plan.job, plan.decision
+    mesh = shrink_mesh(decision.mesh, job.cluster, processes)
+    micro_batch = min(decision.micro_batch, _MICRO_BATCH)
+    accumulation = min(decision.accumulation, _ACCUMULATION)
+    data, vocabulary, data_changes = _small_data(job.data, folder)
+    model, model_changes = shrink_model(job.model, folder, vocabulary)
+    train = _small_train(job, steps, mesh.world_size * micro_batch * accumulation)
+    cluster = _small_cluster(job.cluster, mesh)
+    small = JobSpec(
+        model=model.model_copy(update={"init": plan.model.init}),
+        data=data,
+        train=train,
+        cluster=cluster,
+        quality=job.quality,
+    )
+    sizes: list[tuple[str, Any, Any]] = [
+        *((f"decision.mesh.{axis.name}", axis.size, mesh.axes[axis.name]) for axis in decision.mesh.axes),
+        ("decision.micro_batch", decision.micro_batch, micro_batch),
+        ("decision.accumulation", decision.accumulation, accumulation),
+        ("train.sequence_length", job.train.sequence_length, train.sequence_length),
+        ("train.steps", job.train.total_steps, steps),
+        ("train.schedule.warmup", job.train.schedule.warmup, train.schedule.warmup),
+        ("cluster.device", job.cluster.device.name, _PROCESS.name),
+    ]
+    changed = [Change(key=key, before=str(old), after=str(new)) for key, old, new in sizes if old != new]
+    return SmallJob(
+        job=small,
+        mesh=mesh,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        changes=(*changed, *model_changes, *data_changes),
+    )
+
+
+def pinned(small: SmallJob, decision: Decision, optimizer: OptimizerSpec, precision: Precision, blocks: int) -> JobSpec:
+    """The job whose only plan is `decision`, shrunk. `blocks`: how many repeated blocks the small model has."""
+    degree = small.mesh.axes.get("dp_shard", 1)
+    fsdp2 = decision.engine.name == "fsdp2"
+    strategy = StrategySpec(
+        states=StatesSpec(
+            parameters=(degree,),
+            gradients=(degree if decision.states.gradients.degree > 1 else 1,),
+            optimizer_states=(degree,),
+        ),
+        reshard_after_forward=(bool(decision.engine.reshard_after_forward),) if fsdp2 else "auto",
+        micro_batch=(small.micro_batch,),
+        checkpointing=(_fewer_checkpoints(decision.checkpointing, blocks),),
+        precision=(precision,),
+        engine=(decision.engine.name,),
+    )
+    return _with(small.job, optimizer, strategy)
+
+
+def reference(small: SmallJob, optimizer: OptimizerSpec, precision: Precision, micro_batch: int) -> JobSpec:
+    """The same training on one process: nothing sharded, nothing recomputed."""
+    cluster = small.job.cluster
+    alone = cluster.model_copy(update={"levels": (cluster.levels[0].model_copy(update={"size": 1}),)})
+    strategy = StrategySpec(
+        micro_batch=(micro_batch,),
+        checkpointing=("none",),
+        precision=(precision,),
+        engine=("single" if precision == "fp32" else "fsdp2",),
+    )
+    return _with(small.job.model_copy(update={"cluster": alone}), optimizer, strategy)
+
+
+def _with(job: JobSpec, optimizer: OptimizerSpec, strategy: StrategySpec) -> JobSpec:
+    train = job.train.model_copy(update={"optimizer": optimizer})
+    return job.model_copy(update={"train": train, "strategy": strategy})
+
+
+def _fewer_checkpoints(checkpointing: Checkpointing, blocks: int) -> int | Literal["none", "full"]:
+    """None and all stay what they are; some stay some, in about the same ratio."""
+    if checkpointing.blocks == 0 or blocks == 0:
+        return "none"
+    if checkpointing.blocks >= checkpointing.of or blocks == 1:
+        return "full"
+    return min(max(1, round(checkpointing.blocks * blocks / checkpointing.of)), blocks - 1)
+
+
+def _small_cluster(cluster: ClusterSpec, mesh: SmallMesh) -> ClusterSpec:
+    return cluster.model_copy(
+        update={"device": _PROCESS, "levels": mesh.levels, "host_memory": _PROCESS.memory, "launcher": "torchrun"}
+    )
+
+
+def _small_train(job: JobSpec, steps: int, global_batch: int) -> TrainSpec:
+    """A few steps, of which one at most is warm-up; nothing saved or evaluated on the way."""
+    train = job.train
+    own_length = job.data.dataset is not None
+    warmup = Amount(min(int(train.schedule.warmup.value), 1), "steps")
+    return TrainSpec(
+        sequence_length=train.sequence_length if own_length else min(train.sequence_length, _SEQUENCE_LENGTH),
+        global_batch=Amount(global_batch, "sequences"),
+        steps=steps,
+        optimizer=train.optimizer,
+        schedule=train.schedule.model_copy(update={"warmup": warmup}),
+        seed=train.seed,
+    )
+
+
+def _small_data(data: DataSpec, folder: Path) -> tuple[DataSpec, int | None, list[Change]]:
+    """The data, the number of token ids a small model has to know (None: its own), and what was changed.
+
+    Files are used where they exist; a plan can be rehearsed before its data are there.
+    """
+    held_out = {"validation": None, "validation_dataset": None}
+    if data.dataset is not None:
+        return data.model_copy(update=held_out), None, []
+    if data.synthetic is not None:
+        vocabulary = min(data.synthetic.vocabulary, SMALL_VOCABULARY)
+        change = Change(key="data.synthetic.vocabulary", before=str(data.synthetic.vocabulary), after=str(vocabulary))
+        small = DataSpec(synthetic=SyntheticSpec(vocabulary=vocabulary))
+        return small, vocabulary, [change] if vocabulary != data.synthetic.vocabulary else []
+    files = data.bytes or data.tokens or ()
+    if all(expand((pattern,), folder) for pattern in (*files, *data.mask)):
+        return data.model_copy(update=held_out), SMALL_VOCABULARY if data.bytes else None, []
+    change = Change(
+        key="data.bytes" if data.bytes else "data.tokens",
+        before=", ".join(files),
+        after=f"random ids below {SMALL_VOCABULARY}",
+        because="the files are not there",
+    )
+    return DataSpec(synthetic=SyntheticSpec(vocabulary=SMALL_VOCABULARY)), SMALL_VOCABULARY, [change]

@@ -1,0 +1,92 @@
+"""How often, and with what, a plan is rehearsed, and how far it may then be from one process.
+
+[Note: why several trials]
+AdamW divides each gradient by its own size, so that a wrong scale of the loss hardly shows in the parameters; SGD
+without clipping is proportional to it. And bf16 rounds so coarsely that small errors drown, so the same sharding is
+rehearsed in float32 as well; fully_shard runs float32 only where it shards.
+
+[Note: which one process]
+The reference runs either the whole global batch at once, which takes nothing for granted, or the same micro-batches as
+the plan's processes, one after the other. The latter computes each micro-batch bit for bit alike, and only the order in
+which their gradients are added up differs; in bf16, which rounds the gradient of every micro-batch, no other reference
+is near enough to compare with. A plan for one process would be compared with itself, so it gets the whole batch.
+
+[Note: tolerances]
+Adding n numbers in another order moves the sum by up to n u times the sum of their sizes, u being 2**-24 in float32
+(Higham, "Accuracy and Stability of Numerical Algorithms", 2nd edition, section 4.2), and about sqrt(n) u where errors
+are random. n is the number of micro-batches (a dozen) where micro-batches are the same, else the number of tokens (a
+thousand); gradients are sums of both signs, so that relative to their sum the error is larger than that of the loss.
+The norm of a gradient is a sum of squares in float32 by torch, over shards or over the whole. AdamW turns an error of a
+gradient that is itself near zero into one of the size of the learning rate. In bf16 a difference of u in a parameter
+can flip its rounding to 8 bits, which is then a difference of 2**-9.
+The numbers below are ten times and more what the plans of `tests/rehearse` and `examples` were measured to differ by.
+What they are to catch changes a gradient by much more: a lost micro-batch of a dozen by a twelfth, and where the widest
+ones apply, on one process, by a third.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwright.rehearse.shrink import Precision
+from shardwright.schemas.job import OptimizerSpec
+from shardwright.schemas.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """Largest relative differences that rounding explains ([Note: tolerances])."""
+
+    loss: float
+    gradient_norm: float
+    update: float
+    of_each_tensor: bool = True
+    """Whether `update` limits every single tensor, or all of them together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One way to run the plan ([Note: why several trials])."""
+
+    name: str
+    optimizer: OptimizerSpec
+    precision: Precision
+    same_micro_batches: bool
+    """Of the reference ([Note: which one process])."""
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far it may be from the reference."""
+        unclipped = self.optimizer.name == "sgd" and self.optimizer.clip_grad_norm is None
+        if unclipped and self.same_micro_batches and self.precision == "bf16_mixed":
+            return _NOTHING_AMPLIFIES
+        return _TOLERANCES[self.precision, self.same_micro_batches]
+
+
+_TOLERANCES = {
+    ("fp32", True): Tolerance(loss=1e-6, gradient_norm=5e-5, update=1e-4),
+    ("fp32", False): Tolerance(loss=5e-6, gradient_norm=5e-5, update=3e-3),
+    ("bf16_mixed", True): Tolerance(loss=5e-4, gradient_norm=2e-3, update=0.1),
+    ("bf16_mixed", False): Tolerance(loss=2e-3, gradient_norm=3e-2, update=0.25, of_each_tensor=False),
+}
+
+_NOTHING_AMPLIFIES = Tolerance(loss=1e-4, gradient_norm=1e-3, update=0.02)
+"""bf16 on the same micro-batches, where neither AdamW nor clipping turns a rounding error into a larger one."""
+
+
+def trials(plan: Plan) -> tuple[Trial, ...]:
+    """The plan's own optimizer and precision; SGD without clipping; and, where it can be, that in float32."""
+    decision, own = plan.decision, plan.job.train.optimizer
+    sgd = OptimizerSpec(name="sgd", lr=0.01, momentum=0.9, weight_decay=own.weight_decay, clip_grad_norm=None)
+    shared = decision.mesh.world_size > 1
+    if decision.precision == "fp32":
+        return (
+            Trial(name=f"{own.name}, fp32", optimizer=own, precision="fp32", same_micro_batches=False),
+            Trial(name="unclipped sgd, fp32", optimizer=sgd, precision="fp32", same_micro_batches=shared),
+        )
+    mixed = (
+        Trial(name=f"{own.name}, bf16", optimizer=own, precision="bf16_mixed", same_micro_batches=shared),
+        Trial(name="unclipped sgd, bf16", optimizer=sgd, precision="bf16_mixed", same_micro_batches=shared),
+    )
+    exact = Trial(name="unclipped sgd, fp32", optimizer=sgd, precision="fp32", same_micro_batches=False)
+    return (*mixed, exact) if decision.states.parameters.degree > 1 else mixed
