@@ -12,7 +12,7 @@ softly: (device^4 + host^4)^(1/4). On a CPU they are one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardwright.planner.constants import attention_efficiency, device_constants
@@ -46,7 +46,9 @@ class UnitWork:
     count: int
     forward: Work
     backward: Work
-    """Of input and weight gradients; a checkpointed block runs its forward once more before it."""
+    """Of input and weight gradients."""
+    recompute: float
+    """Of a checkpointed block: its forward once more, without the tail whose results nothing needs."""
 
 
 def model_work(
@@ -79,20 +81,22 @@ def memory_rate(device: DeviceSpec) -> float:
 
 def _unit_work(unit: Unit, dtype: ComputeDtypeName, micro_batch: int, device: DeviceSpec, hooked: bool) -> UnitWork:
     """The root group's hooks are counted with the head."""
-    constants = device_constants(device)
+    constants, cost = device_constants(device), unit.costs[dtype]
     hooks = constants.group_hooks.value if hooked and unit.kind != "embedding" else 0.0
-    operators = unit.costs[dtype].operators
-    forward = [operator for operator in operators if operator.phase == "forward"]
-    backward = [operator for operator in operators if operator.phase != "forward"]
+    forward = [operator for operator in cost.operators if operator.phase == "forward"]
+    backward = [operator for operator in cost.operators if operator.phase != "forward"]
+    launch = constants.forward_launch.value
+    again, skipped = (_work(each, micro_batch, device, launch, 0.0) for each in (forward, cost.not_recomputed))
     return UnitWork(
         kind=unit.kind,
         count=unit.count,
-        forward=_work(forward, micro_batch, device, constants.forward_launch.value, hooks),
+        forward=_work(forward, micro_batch, device, launch, hooks),
         backward=_work(backward, micro_batch, device, constants.backward_launch.value, hooks),
+        recompute=max(0.0, again.seconds - skipped.seconds),
     )
 
 
-def _work(operators: list[Operator], micro_batch: int, device: DeviceSpec, launch: float, hooks: float) -> Work:
+def _work(operators: Sequence[Operator], micro_batch: int, device: DeviceSpec, launch: float, hooks: float) -> Work:
     kinds = dict.fromkeys(KINDS, 0.0)
     for operator in operators:
         kinds[operator.kind] += _operator_seconds(operator, micro_batch, device)

@@ -72,12 +72,15 @@ def _checkpointing(predictor: Predictor, chosen: Candidate) -> str:
 def _micro_batch(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
     tokens = point.micro_batch * predictor.profile.sequence_length
-    return f"{tokens} tokens of one forward on a device, {point.accumulation} times a step"
+    times = f"{point.accumulation} times" if point.accumulation > 1 else "once"
+    return f"{tokens} tokens of one forward on a device, {times} a step"
 
 
 def _accumulation(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
     at_once = point.micro_batch * point.world
+    if point.accumulation == 1:
+        return f"The {at_once} sequences of a global batch run at once"
     return f"{at_once} sequences run at once, so a global batch takes {point.accumulation} rounds"
 
 

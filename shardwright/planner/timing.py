@@ -66,7 +66,7 @@ class TimeModel:
         compute = [
             (
                 unit.forward.seconds,
-                unit.backward.seconds + (unit.forward.seconds if index < point.checkpointed else 0.0),
+                unit.backward.seconds + (unit.recompute if index < point.checkpointed else 0.0),
             )
             for index, unit in enumerate(blocks)
         ]
@@ -152,7 +152,7 @@ def _compute_parts(point: Point, work: list[UnitWork]) -> list[TimePart]:
             parts.append(TimePart(name=f"{name} {kind}", seconds=seconds))
         launch = point.accumulation * sum(count * each.launch for count, each in passes)
         parts.append(TimePart(name=f"{name} launch", seconds=launch, note="kernels wait for the host"))
-    blocks = [unit.forward.seconds for unit in work if unit.kind == "block" for _ in range(unit.count)]
+    blocks = [unit.recompute for unit in work if unit.kind == "block" for _ in range(unit.count)]
     recomputed = point.accumulation * sum(blocks[: point.checkpointed])
     return [*parts, TimePart(name="recompute", seconds=recomputed, note="forward of checkpointed blocks, again")]
 

@@ -24,6 +24,8 @@ def really_saved(job: JobSpec, micro_batch: int) -> int:
         model = built.module.to_empty(device="cpu")
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
+        for buffer in model.buffers():
+            torch.nn.init.ones_(buffer)
         batch = {name: torch.zeros_like(field) for name, field in contract.batch(micro_batch).items()}
         held = [*model.parameters(), *model.buffers(), *batch.values()]
         known = {tensor.untyped_storage().data_ptr() for tensor in held}

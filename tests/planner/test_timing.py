@@ -157,3 +157,21 @@ def test_groups_of_a_tied_model() -> None:
     sizes = Groups(llama(layers=2, tied=True)).sizes(8)
     table = 128256 * 4096
     assert (sizes.embedding_numel, sizes.head_numel, sizes.root_numel) == (table, table + 4096, table + 4096)
+
+
+def test_the_tail_that_nothing_needs_is_not_recomputed() -> None:
+    """Checkpointing stops early: a block whose whole forward is such a tail costs nothing to recompute."""
+    units = tuple(
+        replace(
+            unit,
+            costs={
+                dtype: replace(cost, not_recomputed=tuple(op for op in cost.operators if op.phase == "forward"))
+                for dtype, cost in unit.costs.items()
+            },
+        )
+        for unit in toy().units
+    )
+    profile = replace(toy(), units=units)
+    work = model_work(profile, "fp32", 1, cpu_cluster(1).device, hooked=True)
+    assert [unit.recompute for unit in work] == [0.0] * len(units)
+    assert all(unit.recompute > 0 for unit in model_work(toy(), "fp32", 1, cpu_cluster(1).device, hooked=True)[1:-1])
