@@ -59,12 +59,20 @@ def model_work(
 
 
 def model_flops(profile: ModelProfile, dtype: ComputeDtypeName, micro_batch: int) -> int:
-    """FLOPs of forward, input gradients and weight gradients of one micro-batch; nothing recomputed."""
-    return sum(
-        unit.count * operator.flops.at(micro_batch)
-        for unit in profile.units
-        for operator in unit.costs[dtype].operators
-    )
+    """FLOPs of forward, input gradients and weight gradients of one micro-batch; nothing recomputed.
+
+    The backward of a fused attention kernel counts twice its forward, which is the work that the gradients are; the
+    kernel itself does 2.5 times it, since it recomputes the scores (Dao 2023, arXiv 2307.08691, section 4.1).
+    """
+    return sum(unit.count * _unit_flops(unit.costs[dtype].operators, micro_batch) for unit in profile.units)
+
+
+def _unit_flops(operators: Sequence[Operator], micro_batch: int) -> int:
+    fused = [operator for operator in operators if operator.kind == "attention"]
+    forward = sum(operator.flops.at(micro_batch) for operator in fused if operator.phase == "forward")
+    trained = any(operator.phase != "forward" for operator in fused)
+    others = sum(operator.flops.at(micro_batch) for operator in operators if operator.kind != "attention")
+    return others + (3 if trained else 1) * forward
 
 
 def matmul_rate(device: DeviceSpec, dtype: ComputeDtype) -> float:

@@ -27,8 +27,6 @@ class EngineTraits:
     """The precisions it runs, each with the smallest shard degree that it is used for."""
     shards: bool
     """Whether parameters, gradients and optimizer states can be spread over `dp_shard`."""
-    scalar_parameters: bool
-    """Whether a parameter of no dimensions can be trained: there is no dimension 0 to shard."""
     dtensors: bool
     """Whether the optimizer steps on DTensors."""
 
@@ -47,7 +45,6 @@ ENGINES: Mapping[EngineName, EngineTraits] = MappingProxyType(
             worlds=(1, 1),
             least_degree={"fp32": 1},
             shards=False,
-            scalar_parameters=True,
             dtensors=False,
         ),
         "ddp": EngineTraits(
@@ -55,7 +52,6 @@ ENGINES: Mapping[EngineName, EngineTraits] = MappingProxyType(
             worlds=(2, None),
             least_degree={"fp32": 1},
             shards=False,
-            scalar_parameters=True,
             dtensors=False,
         ),
         # fp32 with everything replicated is left to `single` and `ddp`: fully_shard would copy each parameter that it
@@ -65,7 +61,6 @@ ENGINES: Mapping[EngineName, EngineTraits] = MappingProxyType(
             worlds=(1, None),
             least_degree={"bf16_mixed": 1, "fp32": 2},
             shards=True,
-            scalar_parameters=False,
             dtensors=True,
         ),
     }

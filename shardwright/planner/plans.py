@@ -25,6 +25,7 @@ def make_plan(job: JobSpec, profile: ModelProfile, *, job_file: str, defaults: t
     job's path relative to the plan's folder, `defaults` the keys that the person left out. Raises InputError where the
     strategy leaves nothing to choose from.
     """
+    _check_blocks(job, profile)
     predictor = Predictor(job, profile)
     found = search(predictor)
     if not found.feasible and not found.infeasible:
@@ -72,6 +73,17 @@ def _facts(profile: ModelProfile, point: Point) -> ModelFacts:
         local_sources=profile.local_sources,
         packages=profile.packages,
     )
+
+
+def _check_blocks(job: JobSpec, profile: ModelProfile) -> None:
+    """Raises InputError for more checkpointed blocks than the model has."""
+    blocks, choice = block_count(profile), job.strategy.checkpointing
+    if choice == "auto":
+        return
+    if any(isinstance(value, int) and value > blocks for value in choice):
+        suggestion = f"write `none`, `full`, or at most {blocks}" if blocks else "write `none`, or leave it out"
+        message = f"the model has {blocks} repeated blocks to checkpoint"
+        raise InputError(Diagnostic(key="strategy.checkpointing", message=message, suggestion=suggestion))
 
 
 def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:

@@ -45,7 +45,7 @@ class Predictor:
             mfu=flops / (point.world * peak * step.seconds),
             mfu_formula=(
                 "FLOPs of forward, input gradients and weight gradients of the traced model, nothing recomputed, of "
-                "causal attention the unmasked half / (devices x "
+                "fused causal attention the unmasked half / (devices x "
                 f"{peak / 1e12:g} TFLOP/s {traits.hardware} peak x step time)"
             ),
             model_flops_per_step=float(flops),

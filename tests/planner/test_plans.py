@@ -349,3 +349,9 @@ def test_every_feasible_point_of_the_search_passes_the_checks_of_an_edit() -> No
         decided = start.model_copy(update={"decision": decide(candidate.point, spec.cluster, 4)})
         assert point_of(evaluate(decided, profile).decision) == candidate.point
         assert measure(predictor, candidate.point).fits
+
+
+def test_more_checkpointed_blocks_than_the_model_has_are_refused() -> None:
+    asked = job(gpu_cluster(), strategy={"checkpointing": [99, 1]})
+    with pytest.raises(InputError, match=r"strategy\.checkpointing: the model has 32 repeated blocks"):
+        make_plan(asked, llama(), job_file="job.yaml", defaults=())

@@ -106,7 +106,7 @@ def test_prediction_adds_up() -> None:
     assert prediction.tokens_per_s == pytest.approx(16 * 8192 / prediction.step_time_s)
     per_token = prediction.model_flops_per_step / (16 * 8192)
     layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
-    attention = 2 * 8192 * 4096 * (1 + 2.5)
+    attention = 3 * 2 * 8192 * 4096  # causal; PaLM (arXiv 2204.02311), appendix B, counts both halves
     assert per_token == pytest.approx(6 * (32 * layer + 4096 * 128256) + 32 * attention)
     assert prediction.mfu == pytest.approx(prediction.model_flops_per_step / (8 * 989e12 * prediction.step_time_s))
 
