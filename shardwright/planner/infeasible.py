@@ -17,6 +17,7 @@ from shardwright.schemas.profile import ModelProfile
 from shardwright.schemas.units import human_bytes
 
 _GIB = 2**30
+_MIB = 2**20
 
 
 def infeasible(predictor: Predictor, found: Found) -> Infeasible:
@@ -63,7 +64,8 @@ def _memory(job: JobSpec, nearest: Candidate) -> Iterator[tuple[str, JobSpec]]:
     """More of the device's memory, or a device with more."""
     context = int(device_constants(job.cluster.device).context_bytes.value)
     if job.budget.device_memory is not None and nearest.reserved + context <= job.cluster.device.memory:
-        enough = -(-nearest.reserved // _GIB) * _GIB
+        unit = _GIB if nearest.reserved > _GIB else _MIB
+        enough = -(-nearest.reserved // unit) * unit
         enough = min(enough, job.cluster.device.memory - context)
         yield f"raise `budget.device_memory` to {human_bytes(enough)}", with_budget(job, enough)
         return

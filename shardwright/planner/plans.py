@@ -11,7 +11,7 @@ from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
 from shardwright.planner.relax import pins, without
 from shardwright.planner.search import Candidate, Found, measure, search, timed
-from shardwright.planner.space import Point, block_count, configurations, decide, unshardable
+from shardwright.planner.space import Point, block_count, configurations, decide, permitted_degrees, unshardable
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Infeasible, ModelFacts, Plan, Search
@@ -94,6 +94,12 @@ def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
 
     pinned = pins(job)
     refused = unshardable(profile)
+    states = ("strategy.states.parameters", "strategy.states.optimizer_states")
+    if set(states) <= set(pinned) and not permitted_degrees(job):
+        message = "no engine spreads optimizer states over more devices than parameters yet, or over fewer"
+        return [
+            Diagnostic(key=states[1], message=message, suggestion="write the degree of `parameters`, or leave it out")
+        ]
     if not permits_something(without(job, *pinned)):
         world, batch = job.cluster.world_size, job.train.global_batch_sequences
         if batch % world:
@@ -104,5 +110,6 @@ def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
         ]
     alone = [key for key in pinned if permits_something(without(job, key))] or pinned
     why = f" ({refused})" if refused else ""
-    message = f"with {' and '.join(pinned)} as they are, no engine can run the job{why}"
+    stay = "as it is" if len(pinned) == 1 else "as they are"
+    message = f"with {' and '.join(pinned)} {stay}, no engine can run the job{why}"
     return [Diagnostic(key=key, message=message, suggestion="leave it out, or write `auto`") for key in alone]

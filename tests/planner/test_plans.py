@@ -191,7 +191,7 @@ def test_a_host_that_is_too_small_is_what_is_reported() -> None:
         (
             cpu_cluster(4),
             {"states": {"parameters": 4, "optimizer_states": 2}},
-            {"strategy.states.parameters", "strategy.states.optimizer_states"},
+            {"strategy.states.optimizer_states"},
         ),
         (
             cpu_cluster(4),
@@ -355,3 +355,10 @@ def test_more_checkpointed_blocks_than_the_model_has_are_refused() -> None:
     asked = job(gpu_cluster(), strategy={"checkpointing": [99, 1]})
     with pytest.raises(InputError, match=r"strategy\.checkpointing: the model has 32 repeated blocks"):
         make_plan(asked, llama(), job_file="job.yaml", defaults=())
+
+
+def test_states_that_no_engine_spreads_apart_are_told_once() -> None:
+    asked = job(gpu_cluster(), strategy={"states": {"parameters": 2, "optimizer_states": 4}})
+    with pytest.raises(InputError, match="no engine spreads optimizer states") as refused:
+        make_plan(asked, llama(), job_file="job.yaml", defaults=())
+    assert [each.key for each in refused.value.diagnostics] == ["strategy.states.optimizer_states"]
