@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from shardwright.passes.imports import UserCode
 from shardwright.schemas.diagnostics import Diagnostic, InputError
+from shardwright.schemas.hugging_face import architecture
 from shardwright.schemas.job import ModelSpec
 
 
@@ -89,11 +90,11 @@ def _hugging_face(spec: ModelSpec, code: UserCode) -> Callable[[], Any]:
     with _offline():
         transformers = _import_transformers()
         config = _make_config(transformers, content)
-    name = next(iter(content.get("architectures") or ()), None)
+    name = architecture(content)
     if name is not None:
         model_class = getattr(transformers, name, None)
-        if model_class is None:
-            message = f"transformers {transformers.__version__} has no class {name!r} (architectures in the config)"
+        if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
+            message = f"transformers {transformers.__version__} has no model {name!r} (architectures in the config)"
             raise InputError(Diagnostic(key="model.hf", message=message))
         return lambda: model_class(config)
     return lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

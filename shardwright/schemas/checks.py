@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from operator import mul
 
-from shardwright.schemas.cluster import ClusterSpec
+from shardwright.schemas.cluster import HOST_LEVEL, ClusterSpec
 from shardwright.schemas.diagnostics import Diagnostic
 from shardwright.schemas.expected import join, nearest
 from shardwright.schemas.job import JobSpec
@@ -26,12 +26,27 @@ EXACT_PRECISIONS = ("fp32",)
 
 def check_job(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
     """Everything that contradicts itself in a job whose values are each valid."""
+    yield from _host(job.cluster)
     yield from _optimizer(job, written)
+    yield from _evaluation(job, written)
     yield from _schedule(job)
     yield from _batch(job)
     yield from _precision(job)
+    yield from _engine(job)
     yield from _budget(job)
     yield from _degrees(job)
+
+
+def _host(cluster: ClusterSpec) -> Iterator[Diagnostic]:
+    """A launcher starts the processes of one host, so it has to be known what that is."""
+    names = [level.name for level in cluster.levels]
+    if len(names) > 1 and HOST_LEVEL not in names:
+        named = join([f"`{name}`" for name in names], "and")
+        yield Diagnostic(
+            key="cluster.levels",
+            message=f"which level is one host? There are {named}, and none named `{HOST_LEVEL}`",
+            suggestion=f"name the level that one host holds `{HOST_LEVEL}`",
+        )
 
 
 def _optimizer(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
@@ -44,6 +59,22 @@ def _optimizer(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
                 yield Diagnostic(
                     key=key, message=f"`{name}` has no `{number}`", suggestion=f"leave it out; `{name}` has {has}"
                 )
+
+
+def _evaluation(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
+    """Only held-out data can be evaluated on."""
+    data, train = job.data, job.train
+    if data.validation is not None or data.validation_dataset is not None:
+        return
+    asked = (("evaluate_every", train.evaluate_every is not None), ("evaluate_batches", True))
+    key = "data.validation_dataset" if data.dataset is not None else "data.validation"
+    for name, is_set in asked:
+        if is_set and written(f"train.{name}"):
+            yield Diagnostic(
+                key=f"train.{name}",
+                message="there is no held-out data to evaluate on",
+                suggestion="leave it out" if data.synthetic is not None else f"give `{key}`, or leave it out",
+            )
 
 
 def _schedule(job: JobSpec) -> Iterator[Diagnostic]:
@@ -107,6 +138,18 @@ def _precision(job: JobSpec) -> Iterator[Diagnostic]:
             f"no precision is left: `{device.name}` has a peak rate only for {known}, `quality` is `{job.quality}`"
         )
         yield Diagnostic(key="quality", message=message)
+
+
+def _engine(job: JobSpec) -> Iterator[Diagnostic]:
+    """Only fsdp2 gathers parameters, and so only it can free them."""
+    engines, reshard = job.strategy.engine, job.strategy.reshard_after_forward
+    if reshard != "auto" and engines != "auto" and "fsdp2" not in engines:
+        permitted = join([f"`{name}`" for name in engines], "and")
+        yield Diagnostic(
+            key="strategy.reshard_after_forward",
+            message=f"only `fsdp2` gathers parameters; `strategy.engine` permits {permitted}",
+            suggestion="leave it out, or permit `fsdp2`",
+        )
 
 
 def _budget(job: JobSpec) -> Iterator[Diagnostic]:

@@ -35,7 +35,7 @@ class DeviceSpec(Spec):
     memory_bandwidth: BytesPerSecond
     """Bytes per second between the device and its own memory."""
     pcie: BytesPerSecond | None = None
-    """Bytes per second between the device and its host, per direction."""
+    """Bytes per second between the device and its host, per direction; for offload, which no plan uses yet."""
     source: str = GIVEN
     """Where these numbers come from; `ClusterSpec.sources` tells them apart."""
 
@@ -58,6 +58,8 @@ class LevelSpec(Spec):
 
 Launcher = Literal["torchrun", "slurm"]
 
+HOST_LEVEL = "node"
+"""Name of the level that one host holds, with the levels below it."""
 RESERVED_LEVELS = {"all": "it means the whole cluster", "auto": "it leaves a decision to the planner"}
 
 
@@ -71,9 +73,9 @@ class ClusterSpec(Spec):
     host_memory: Bytes
     """Host memory of one node, shared by its `devices_per_node` processes."""
     nvme: Bytes | None = None
-    """Free bytes of one node's NVMe."""
+    """Free bytes of one node's NVMe; for offload, which no plan uses yet."""
     nvme_bandwidth: BytesPerSecond | None = None
-    """Bytes per second that one node reads from, or writes to, its NVMe."""
+    """Bytes per second that one node reads from, or writes to, its NVMe; for offload, which no plan uses yet."""
     launcher: Launcher = "torchrun"
     sources: dict[str, str] = {}
     """Origin of each number that the job did not state: `device.memory`, `levels.node.bandwidth`, `host_memory` ... to
@@ -94,7 +96,8 @@ class ClusterSpec(Spec):
 
     @property
     def devices_per_node(self) -> int:
-        """Devices that share one host: the size of the level named `node`, with the levels below it; else all."""
+        """Devices that share one host: the size of the level named `node`, with the levels below it; a single level is
+        one host whatever its name."""
         names = [level.name for level in self.levels]
-        end = names.index("node") + 1 if "node" in names else len(names)
+        end = names.index(HOST_LEVEL) + 1 if HOST_LEVEL in names else len(names)
         return prod(level.size for level in self.levels[:end])

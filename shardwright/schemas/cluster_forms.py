@@ -29,7 +29,7 @@ class LevelForm(Spec):
     """One level of the network: `size` groups of the level below. Exactly one of `link`, `bandwidth`."""
 
     name: LevelName
-    """What to call it; one level is best called `node`, which is what shares a host."""
+    """What to call it. Of several levels, the one that one host holds is called `node`."""
     size: int = Field(gt=0, le=MAX_LEVEL)
     """How many groups of the level below."""
     link: Annotated[str, Field(examples=["nvlink4"])] | None = None
@@ -51,9 +51,9 @@ class Facilities(Spec):
     host_memory: Bytes | None = None
     """Host memory of one node."""
     nvme: Bytes | None = None
-    """Free bytes of one node's NVMe."""
+    """Free bytes of one node's NVMe; for offload, which no plan uses yet."""
     nvme_bandwidth: BytesPerSecond | None = None
-    """Bytes per second that one node reads from, or writes to, its NVMe."""
+    """Bytes per second that one node reads from, or writes to, its NVMe; for offload, which no plan uses yet."""
     launcher: Launcher = "torchrun"
     """What starts the processes."""
 

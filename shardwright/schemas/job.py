@@ -107,6 +107,13 @@ class _ValidationForms:
 
 Validation = Annotated[ValidationSpec, BeforeValidator(_validation_files), _ValidationForms()]
 _SOURCES = ("bytes", "tokens", "synthetic", "dataset")
+_OF_DATASETS = {"args": "holds the arguments of `dataset`", "validation_dataset": "is held-out data of `dataset`"}
+"""The keys that only datasets have."""
+_INSTEAD_OF_FILES = {
+    "dataset": {"mask": "a dataset marks unlearnt targets with -100", "validation": "write `validation_dataset`"},
+    "synthetic": {"mask": "random tokens are all learnt", "validation": "random tokens have no held-out part"},
+}
+"""The keys that only files have, and what holds in their place."""
 
 
 class DataSpec(Spec):
@@ -135,14 +142,13 @@ class DataSpec(Spec):
     def conflicts(cls, given: AbstractSet[str]) -> Iterator[tuple[str, str]]:
         """One source of samples; the keys that only some of them have."""
         yield from exactly_one(given, dict.fromkeys(_SOURCES, ""))
-        if given & {"bytes", "tokens"}:
-            only_datasets = (
-                ("args", "the arguments of `dataset`"),
-                ("validation_dataset", "held-out data of `dataset`"),
+        sources = given & set(_SOURCES)
+        if sources and "dataset" not in sources:
+            yield from (
+                (key, f"`{key}` {what}, which is not given") for key, what in _OF_DATASETS.items() if key in given
             )
-            yield from ((key, f"`{key}` is {what}, which is not given") for key, what in only_datasets if key in given)
-        elif given & set(_SOURCES):
-            help_ = {"mask": "a dataset marks unlearnt targets with -100", "validation": "write `validation_dataset`"}
+        if sources and not sources & {"bytes", "tokens"}:
+            help_ = _INSTEAD_OF_FILES[min(sources)]
             yield from ((key, f"`{key}` belongs to `bytes` or `tokens`; {help_[key]}") for key in help_ if key in given)
 
 
@@ -200,7 +206,7 @@ class TrainSpec(Spec):
     keep: int = Field(gt=0, default=2)
     """Checkpoints kept; older ones are removed after a newer one is in place."""
     evaluate_every: Interval | None = None
-    """How often the held-out loss is measured. Null: never."""
+    """How often the held-out loss is measured, besides at the end. Null: at the end only."""
     evaluate_batches: int = Field(gt=0, default=8)
     """Global batches of one evaluation."""
 

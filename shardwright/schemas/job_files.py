@@ -10,8 +10,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from shardwright.schemas.diagnostics import Diagnostic
+from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.expected import nearest
+from shardwright.schemas.hugging_face import architecture
 from shardwright.schemas.job import JobSpec
 
 TOKEN_BYTES = {".u8": 1, ".u16": 2, ".u32": 4}
@@ -19,14 +20,13 @@ TOKEN_BYTES = {".u8": 1, ".u16": 2, ".u32": 4}
 
 
 def expand(patterns: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The files that the patterns match, relative to `folder`: by pattern, then sorted, each once."""
-    found = (
-        name
-        for pattern in patterns
-        for name in sorted(glob(pattern, root_dir=folder, recursive=True))
-        if (folder / name).is_file()
-    )
-    return tuple(dict.fromkeys(found))
+    """The files that the patterns match, relative to `folder`: by pattern, then sorted as paths. A file that two
+    patterns match comes twice, and the name of a file is no pattern: the emitted script reads the same list."""
+    found: list[str] = []
+    for pattern in patterns:
+        names = [pattern] if (folder / pattern).is_file() else glob(pattern, root_dir=folder, recursive=True)
+        found += sorted((name for name in names if (folder / name).is_file()), key=Path)
+    return tuple(found)
 
 
 def check_model_files(job: JobSpec, folder: Path) -> Iterator[Diagnostic]:
@@ -36,7 +36,7 @@ def check_model_files(job: JobSpec, folder: Path) -> Iterator[Diagnostic]:
     if isinstance(job.model.hf, str):
         yield from _configuration(job.model.hf, folder)
     elif job.model.hf is not None:
-        yield from _model_type(job.model.hf, "the configuration")
+        yield from _contents(job.model.hf, "the configuration")
     if ":" in job.model.loss:
         yield from _function("model.loss", job.model.loss, folder)
 
@@ -65,10 +65,11 @@ def _files(
     yield from (*unmatched, *unfit, *_unmatched(mask_key, masks, folder))
     if unmatched or unfit:
         return
-    tokens = {file: file.stat().st_size // _width(job, file) for file in files}
-    if sum(tokens.values()) <= job.train.sequence_length:
-        message = f"{sum(tokens.values())} tokens in all are too few for one sample"
-        need = f"a sample takes {job.train.sequence_length + 1}: `train.sequence_length` and the next one to predict"
+    tokens = [(file, file.stat().st_size // _width(job, file)) for file in files]
+    longest, most = max(tokens, key=lambda each: each[1])
+    if most <= job.train.sequence_length:
+        message = f"the longest file, '{longest.name}', has {most} tokens, too few for one sample"
+        need = f"a sample takes {job.train.sequence_length + 1} of one file: `train.sequence_length` and the next one"
         yield Diagnostic(key=key, message=message, suggestion=need)
     if masks:
         yield from _masks(mask_key, [folder / name for name in expand(masks, folder)], tokens)
@@ -99,7 +100,7 @@ def _token_files(key: str, files: Sequence[Path]) -> Iterator[Diagnostic]:
             yield Diagnostic(key=key, message=message)
 
 
-def _masks(key: str, masks: Sequence[Path], tokens: dict[Path, int]) -> Iterator[Diagnostic]:
+def _masks(key: str, masks: Sequence[Path], tokens: Sequence[tuple[Path, int]]) -> Iterator[Diagnostic]:
     if not masks:
         return
     if len(masks) != len(tokens):
@@ -108,7 +109,7 @@ def _masks(key: str, masks: Sequence[Path], tokens: dict[Path, int]) -> Iterator
             key=key, message=message, suggestion="give one mask file for each data file, in the same order"
         )
         return
-    for mask, (file, count) in zip(masks, tokens.items(), strict=True):
+    for mask, (file, count) in zip(masks, tokens, strict=True):
         if mask.stat().st_size != count:
             message = f"'{mask.name}' has {mask.stat().st_size} bytes for the {count} tokens of '{file.name}'"
             yield Diagnostic(key=key, message=message, suggestion="a mask has one byte a token")
@@ -127,16 +128,21 @@ def _configuration(written: str, folder: Path) -> Iterator[Diagnostic]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         yield Diagnostic(key="model.hf", message=f"'{written}' is not JSON: {error}")
         return
-    yield from _model_type(values, f"'{written}'")
+    yield from _contents(values, f"'{written}'")
 
 
-def _model_type(values: Any, name: str) -> Iterator[Diagnostic]:
+def _contents(values: Any, name: str) -> Iterator[Diagnostic]:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         yield Diagnostic(
             key="model.hf",
             message=f"{name} is no Hugging Face configuration: it has no `model_type`",
             suggestion="for example model_type: llama",
         )
+        return
+    try:
+        architecture(values)
+    except InputError as error:
+        yield from error.diagnostics
 
 
 def _function(key: str, path: str, folder: Path) -> Iterator[Diagnostic]:

@@ -31,6 +31,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "broken.py").write_text("def build(:\n    pass\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     (tmp_path / "not-a-model.json").write_text(json.dumps({"hidden_size": 64}))
+    text_architecture = {"model_type": "llama", "architectures": "LlamaForCausalLM"}
+    (tmp_path / "text-architecture.json").write_text(json.dumps(text_architecture))
+    (tmp_path / "long.txt").write_bytes(b"that is the question" * 50)
     for name in ("a", "b"):
         (corpus / f"{name}.txt").write_bytes(b"to be or not to be, " * 20)
         (corpus / f"{name}.mask").write_bytes(bytes([0, 1]) * 200)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwright.hardware import table
-from shardwright.schemas import InputError, catalogue
+from shardwright.schemas import InputError, catalogue, load_job
 from shardwright.schemas.checks import shard_degrees
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.cluster_source import fill, resolve_cluster
@@ -163,3 +163,20 @@ def test_every_source_of_the_catalogue_is_known_and_used() -> None:
     for name in ("devices", "links", "machines"):
         walk(table(name))
     assert used == set(table("sources"))
+
+
+@pytest.mark.parametrize("name", catalogue.machine_names())
+def test_every_machine_tells_what_a_host_is(name: str, workspace: Path) -> None:
+    text = "model: {factory: model:build}\ndata: {bytes: corpus/a.txt}\n"
+    cluster = resolve(f"2 x {name}")
+    assert "node" in [level.name for level in cluster.levels]
+    train = f"{{sequence_length: 8, global_batch: {cluster.world_size}, steps: 1}}"
+    (workspace / "job.yaml").write_text(f"{text}cluster: 2 x {name}\ntrain: {train}\n")
+    assert load_job(workspace / "job.yaml").job.cluster.devices_per_node < cluster.world_size
+
+
+def test_a_single_level_is_one_host_whatever_its_name(workspace: Path) -> None:
+    text = "model: {factory: model:build}\ndata: {bytes: corpus/a.txt}\n"
+    text += "train: {sequence_length: 8, global_batch: 8, steps: 1}\n"
+    (workspace / "job.yaml").write_text(text + "cluster: {device: cpu, levels: [{name: box, size: 4, link: loopback}]}")
+    assert load_job(workspace / "job.yaml").job.cluster.devices_per_node == 4

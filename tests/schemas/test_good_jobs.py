@@ -118,3 +118,20 @@ def test_rounding_to_sequences_stays_within_an_eighth(tokens: int, length: int) 
     train = TrainSpec.model_validate({"sequence_length": length, "global_batch": f"{tokens} tokens", "steps": 1})
     exact = tokens / length
     assert exact < 4 or abs(train.global_batch_sequences / exact - 1) <= 0.125
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.evaluate_every=null"],  # nothing asked for
+        ["data.validation=corpus/b.txt", "train.evaluate_every=5", "train.evaluate_batches=2"],
+        ["strategy.engine=[ddp, fsdp2]", "strategy.reshard_after_forward=true"],
+        ["strategy.engine=ddp", "strategy.reshard_after_forward=auto"],
+        ["data={synthetic: {vocabulary: 256}, args: {}}"],
+        ["data.bytes=[corpus/a.txt, corpus/*.txt]", "data.mask=[corpus/a.mask, corpus/a.mask, corpus/b.mask]"],
+        ["model={hf: {model_type: xlstm, architectures: [xLSTMForCausalLM, 3]}}"],
+        ["model={hf: {model_type: llama, architectures: null}}"],
+    ],
+)
+def test_what_a_refusal_must_not_reach(overrides: list[str], folder: Path) -> None:
+    assert load_job(folder / "laptop.yaml", overrides).job.cluster.world_size == 2

@@ -16,6 +16,11 @@ from shardwright.schemas import InputError, load_job
 CORPUS = sorted((Path(__file__).parent / "wrong").glob("*.yaml"))
 
 
+def test_the_corpus_is_large_and_has_no_leftovers() -> None:
+    assert len(CORPUS) >= 40
+    assert {path.stem for path in CORPUS[0].parent.glob("*.expected")} <= {path.stem for path in CORPUS}
+
+
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.stem)
 def test_wrong_job_is_explained(path: Path, workspace: Path) -> None:
     shutil.copy(path, workspace)
