@@ -119,7 +119,7 @@ def _decide_init(work: Work) -> Work:
 
 def _find_sources(work: Work) -> Work:
     sources, compiled = local_sources(work.job, work.code)
-    needed = packages(sources, work.code.folder, hugging_face=work.built.hugging_face)
+    needed = packages(work.job, sources, work.code.folder)
     warnings = tuple(f"{path} is not Python source; it runs only on machines like this one" for path in compiled)
     return replace(work, local_sources=sources, packages=needed, warnings=(*work.warnings, *warnings))
 

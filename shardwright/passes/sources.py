@@ -8,18 +8,19 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from shardwright.passes.imports import UserCode
+from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
 
 
 def local_sources(job: JobSpec, code: UserCode) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Files that the model, the loss and the dataset are made of, relative to the job's folder and sorted; and those
     among them that are no Python source. Found by following import statements, and by what was really imported."""
-    named = (job.model.factory, job.model.loss, job.data.dataset, job.data.validation_dataset)
     found: set[Path] = set()
-    todo = [Path(str(module.__file__)).resolve() for module in code.modules()]
-    todo += [file for name in named if name and ":" in name for file in _files_of(name.split(":")[0], code.folder)]
+    todo = [Path(str(module.__file__)).resolve() for module in code.modules() if _beside_the_job(module, code)]
+    todo += [file for name in _named(job) for file in _files_of(name, code.folder)]
     while todo:
         file = todo.pop()
         if file in found:
@@ -32,13 +33,33 @@ def local_sources(job: JobSpec, code: UserCode) -> tuple[tuple[str, ...], tuple[
     return tuple(paths), tuple(path for path in paths if not path.endswith(".py"))
 
 
-def packages(sources: tuple[str, ...], folder: Path, *, hugging_face: bool) -> tuple[str, ...]:
-    """Distributions that the sources import beyond torch, sorted; one that is not installed is left out."""
-    names = {name.split(".")[0] for source in sources for name in _imported(folder / source, folder)}
-    names |= {"transformers"} if hugging_face else set()
+def packages(job: JobSpec, sources: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    """Distributions that the job and the sources import beyond torch, sorted; one that is not installed is left out."""
+    imported = {name for source in sources for name in _imported(folder / source, folder)}
+    names = {name.split(".")[0] for name in (*imported, *_named(job))}
+    names |= {"transformers"} if job.model.hf is not None else set()
     local = {Path(source).parts[0].removesuffix(".py") for source in sources}
     foreign = names - local - sys.stdlib_module_names - {"torch", "shardwright"}
     return tuple(sorted({distribution for name in foreign if (distribution := _distribution(name))}))
+
+
+def _named(job: JobSpec) -> list[str]:
+    """Modules that the job names."""
+    paths = (job.model.factory, job.model.loss, job.data.dataset, job.data.validation_dataset)
+    return [path.split(":")[0] for path in paths if path and ":" in path]
+
+
+def _beside_the_job(module: ModuleType, code: UserCode) -> bool:
+    """Whether a script finds a module under the same name where its file is copied to. One below the job's folder that
+    is an installed distribution (in editable mode) is not copied; any other raises InputError."""
+    file, name = code.relative(str(module.__file__)), module.__name__.replace(".", "/")
+    if file.split(".")[0] in (name, f"{name}/__init__"):  # a compiled one has further suffixes
+        return True
+    if _distribution(module.__name__.split(".")[0]):
+        return False
+    message = f"`{module.__name__}` was imported from {file}, where a script would not find it"
+    suggestion = "keep it beside the job file, or install it as a package"
+    raise InputError(Diagnostic(key="model.factory", message=message, suggestion=suggestion))
 
 
 def _files_of(module: str, folder: Path) -> list[Path]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+import pytest
 
 from passes.jobs import LLAMA, USER, make_job
 from passes.models import profile_of
 from shardwright.passes import profile_model
+from shardwright.passes.sources import packages
+from shardwright.schemas.diagnostics import InputError
 
 
 def test_files_of_the_model(tmp_path: Path) -> None:
@@ -58,3 +63,19 @@ def test_everything_that_is_imported_is_found(tmp_path: Path) -> None:
 def test_hugging_face_needs_its_package_only(tmp_path: Path) -> None:
     profile = profile_model(make_job({"hf": LLAMA}), tmp_path, ("bf16",))
     assert (profile.local_sources, profile.packages) == ((), ("transformers",))
+
+
+def test_a_module_that_a_script_would_not_find_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `src` folder that is on the path here, and would not be where the script runs."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "hidden.py").write_text((USER / "gpt.py").read_text())
+    (tmp_path / "src" / "layers.py").write_text((USER / "layers.py").read_text())
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    monkeypatch.delitem(sys.modules, "layers", raising=False)
+    with pytest.raises(InputError, match=r"was imported from src/\w+\.py, where a script would not find it"):
+        profile_model(make_job({"factory": "hidden:build"}), tmp_path, ("fp32",))
+
+
+def test_a_factory_of_an_installed_package_needs_that_package(tmp_path: Path) -> None:
+    job = make_job({"factory": "gpt:build", "loss": "jsonschema.validators:validate"})
+    assert packages(job, ("gpt.py",), USER) == ("jsonschema",)
