@@ -80,6 +80,8 @@ def predict_again(loaded: LoadedPlan, folder: Path) -> Plan:
     from shardwright.planner import evaluate
 
     old = loaded.plan
+    if not (loaded.folder / old.job_file).is_file():
+        warn(f"the plan's job file {old.job_file} is not there; relative paths of the job start from its folder")
     with located(loaded):
         profile = profile_job(old.job, loaded.job_folder)
         if profile.digest != old.profile_digest:

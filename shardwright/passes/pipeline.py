@@ -20,7 +20,7 @@ from shardwright.passes.imports import UserCode, user_code
 from shardwright.passes.initialise import decide_init
 from shardwright.passes.parameters import buffer_bytes, collect_parameters
 from shardwright.passes.serialise import digest
-from shardwright.passes.sources import local_sources, packages
+from shardwright.passes.sources import elsewhere, local_sources, packages
 from shardwright.passes.step_run import EMBEDDING, StepRun
 from shardwright.passes.trace import Tracer
 from shardwright.passes.units import make_units
@@ -120,7 +120,11 @@ def _decide_init(work: Work) -> Work:
 def _find_sources(work: Work) -> Work:
     sources, compiled = local_sources(work.job, work.code)
     needed = packages(work.job, sources, work.code.folder)
-    warnings = tuple(f"{path} is not Python source; it runs only on machines like this one" for path in compiled)
+    warnings = [f"{path} is not Python source; it runs only on machines like this one" for path in compiled]
+    warnings += [
+        f"{name} lies neither beside the job file nor in an installed package: the script needs it on PYTHONPATH"
+        for name in elsewhere(work.job, work.code.folder)
+    ]
     return replace(work, local_sources=sources, packages=needed, warnings=(*work.warnings, *warnings))
 
 

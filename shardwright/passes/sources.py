@@ -43,6 +43,11 @@ def packages(job: JobSpec, sources: tuple[str, ...], folder: Path) -> tuple[str,
     return tuple(sorted({distribution for name in foreign if (distribution := _distribution(name))}))
 
 
+def elsewhere(job: JobSpec, folder: Path) -> list[str]:
+    """Modules that the job names and that are neither beside it nor of an installed distribution."""
+    return sorted({name for name in _named(job) if not (_files_of(name, folder) or _distribution(name.split(".")[0]))})
+
+
 def _named(job: JobSpec) -> list[str]:
     """Modules that the job names."""
     paths = (job.model.factory, job.model.loss, job.data.dataset, job.data.validation_dataset)

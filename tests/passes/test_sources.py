@@ -79,3 +79,17 @@ def test_a_module_that_a_script_would_not_find_is_refused(tmp_path: Path, monkey
 def test_a_factory_of_an_installed_package_needs_that_package(tmp_path: Path) -> None:
     job = make_job({"factory": "gpt:build", "loss": "jsonschema.validators:validate"})
     assert packages(job, ("gpt.py",), USER) == ("jsonschema",)
+
+
+def test_a_module_from_elsewhere_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "job").mkdir()
+    text = "from torch.nn import functional as F\ndef loss(o, b): return F.cross_entropy(o.flatten(0, 1), "
+    (tmp_path / "elsewhere" / "far_losses.py").write_text(text + "b['targets'].flatten(), reduction='sum')")
+    for name in ("gpt.py", "layers.py"):
+        (tmp_path / "job" / name).write_text((USER / name).read_text())
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    job = make_job({"factory": "gpt:build", "loss": "far_losses:loss"})
+    profile = profile_model(job, tmp_path / "job", ("fp32",))
+    assert [warning.split(" lies")[0] for warning in profile.warnings] == ["far_losses"]
+    assert profile.local_sources == ("gpt.py", "layers.py")

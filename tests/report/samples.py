@@ -91,7 +91,14 @@ PLAN = Plan.model_validate(
     {
         "name": "FSDP2 x 8 (ZeRO-3), 12 of 32 blocks checkpointed",
         "job": JOB,
-        "defaults": ["train.optimizer.momentum", "train.optimizer.lr", "train.seed", "strategy.precision", "quality"],
+        "defaults": [
+            "train.optimizer.momentum",
+            "train.optimizer.lr",
+            "train.seed",
+            "train.evaluate_batches",
+            "strategy.precision",
+            "quality",
+        ],
         "job_file": "job.yaml",
         "profile_digest": "0" * 64,
         "model": {
