@@ -19,6 +19,8 @@ class Emission:
 
     files: Mapping[str, str]
     executable: frozenset[str] = frozenset()
+    packages: frozenset[str] = frozenset()
+    """Folders that are the emission's alone: `*.py` files there that an earlier emission left are removed."""
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -29,7 +31,8 @@ class Emission:
 
 
 def write(emission: Emission, out: Path) -> None:
-    """Put the files into `out`; whatever else lies there (checkpoints, metrics, notes) stays.
+    """Put the files into `out`; whatever else lies there (checkpoints, metrics, notes) stays, but for modules of an
+    earlier emission in the emission's own packages.
 
     All files are first written beside their places; only when every one of them is on the disk are they renamed into
     place. An interruption before that leaves the folder as it was, and a full disk cannot truncate a file. Raises
@@ -46,6 +49,7 @@ def write(emission: Emission, out: Path) -> None:
         if not (out / "plan.json").exists() and place.exists() and place.read_bytes() != emission.files[name].encode():
             message = f"{place} would be replaced, and {out} holds no plan.json: it is not a folder of compiled files"
             raise InputError(Diagnostic(message=message, suggestion="choose another output folder"))
+    again = (out / "plan.json").is_file()
     out.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".shardwright-", dir=out))
     try:
@@ -60,5 +64,14 @@ def write(emission: Emission, out: Path) -> None:
         for name, place in places.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, place)
+        if again:
+            _remove_leftovers(emission, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_leftovers(emission: Emission, out: Path) -> None:
+    for package in emission.packages:
+        for path in (out / package).glob("*.py"):
+            if f"{package}/{path.name}" not in emission.files and path.is_file():
+                path.unlink()

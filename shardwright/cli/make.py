@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +24,16 @@ from shardwright.cli.files import (
 from shardwright.cli.outcome import ANSWER_IS_NO, MADE, no_plan
 from shardwright.cli.terminal import doing, json_text, say, show, show_json
 from shardwright.cli.work import job_folder, located, plan_job, plan_or_predict, read_job, read_job_or_plan
+from shardwright.schemas.cluster import Launcher
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.plan import Infeasible, json_fields
+
+START: dict[Launcher, Callable[[Path], str]] = {
+    "torchrun": lambda folder: f"bash {shlex.quote(str(folder / 'launch.sh'))}",
+    # train.slurm runs in the folder that sbatch was called from.
+    "slurm": lambda folder: f"cd {shlex.quote(str(folder))} && sbatch train.slurm",
+}
+"""The command that starts an emitted folder, by `cluster.launcher`."""
 
 
 def init(
@@ -116,7 +125,7 @@ def compile_(
         show_json({"plan": made.name, "folder": str(output), "files": sorted(emission.files)})
     else:
         show(report.draw_emission(made, str(output), emission.files))
-        say(f"next: bash {shlex.quote(str(output / 'launch.sh'))}")
+        say(f"next: {START[made.job.cluster.launcher](output)}")
     return MADE
 
 

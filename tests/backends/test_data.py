@@ -67,6 +67,13 @@ def test_permutations_differ_by_key_and_look_mixed() -> None:
     assert 430 < sum(places) / len(places) < 570
 
 
+def test_a_pass_is_the_global_batches_that_each_sample_once_fills() -> None:
+    def per_pass(samples: int) -> int:
+        return Batches(Numbered(samples), seed=0, global_batch=4, micro_batch=2).per_pass()
+
+    assert [per_pass(samples) for samples in (1, 4, 7, 8, 41)] == [1, 1, 1, 2, 10]
+
+
 @pytest.mark.parametrize(("world", "micro", "accumulation"), [(1, 12, 1), (1, 3, 4), (2, 6, 1), (4, 1, 3), (3, 2, 2)])
 def test_global_batches_do_not_depend_on_the_world_size(world: int, micro: int, accumulation: int) -> None:
     for step in (0, 1, 5):

@@ -59,6 +59,20 @@ def test_an_interrupted_write_leaves_the_old_files(tmp_path: Path, monkeypatch: 
     assert listing(tmp_path) == {"plan.json": "{old}", "train.py": "old\n"}
 
 
+def test_modules_that_an_earlier_emission_left_in_its_package_are_removed(tmp_path: Path) -> None:
+    owner = Emission(FILES.files, packages=frozenset({"package"}))
+    (tmp_path / "package" / "deeper").mkdir(parents=True)
+    kept = ("package/notes.txt", "package/deeper/old.py", "old.py")
+    for name in ("package/old.py", *kept):
+        (tmp_path / name).write_text("old\n")
+    write(owner, tmp_path)
+    assert (tmp_path / "package" / "old.py").exists()  # the folder was none of ours before
+    write(FILES, tmp_path)
+    assert (tmp_path / "package" / "old.py").exists()
+    write(owner, tmp_path)
+    assert listing(tmp_path) == {**FILES.files, **dict.fromkeys(kept, "old\n")}
+
+
 @pytest.mark.parametrize("name", ["/etc/passwd", "../train.py", "a/../../b", "a//b", "./a"])
 def test_paths_out_of_the_folder_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="not a path below"):

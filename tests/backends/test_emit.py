@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import pytest
 from support.golden import REASONS, golden_plans
 from support.hostile import HOSTILE
 from support.plans import make_plan
+from support.shapes import shape
 
 from shardwright import planner
+from shardwright.backends.emission import write
 from shardwright.backends.pytorch import emit
 from shardwright.backends.pytorch.engines import ENGINES
 from shardwright.backends.pytorch.recipes import LR_SCHEDULES, OPTIMIZER_CONSTANTS, PRECISION_POLICIES
@@ -75,6 +76,15 @@ def test_emission_is_deterministic_and_complete(plan: Plan) -> None:
 def test_only_the_modules_that_a_plan_needs_come_along() -> None:
     assert "shardwright_runtime/initialize.py" not in emitted(make_plan())
     assert "shardwright_runtime/initialize.py" in emitted(make_plan(init="modules"))
+
+
+def test_a_runtime_module_that_a_plan_no_longer_needs_goes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(emit(make_plan(init="modules"), SUPPORT, out), out)
+    assert (out / "shardwright_runtime" / "initialize.py").is_file()
+    emission = emit(make_plan(), SUPPORT, out)
+    write(emission, out)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == emission.files.keys()
 
 
 def test_relative_paths_lead_from_the_script_to_the_job() -> None:
@@ -145,17 +155,6 @@ def test_arguments_must_be_plain_values(value: object) -> None:
     plan = make_plan(model={"args": {"value": value}})
     with pytest.raises(InputError, match=r"model\.args"):
         emitted(plan)
-
-
-def shape(tree: ast.AST) -> Iterator[str]:
-    """The tree without what constants hold."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant):
-            yield f"constant {type(node.value).__name__}"
-        elif isinstance(node, ast.Name | ast.Attribute):
-            yield f"{type(node).__name__} {node.id if isinstance(node, ast.Name) else node.attr}"
-        else:
-            yield type(node).__name__
 
 
 def worded(text: str) -> Plan:

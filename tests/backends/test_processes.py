@@ -1,17 +1,19 @@
 """Emitted scripts on 1, 2 and 4 processes against one plain process, and against themselves when interrupted.
 
-Starting processes is what takes time, so each number of processes is started once (twice for 2: the first ones are
-killed) and runs every script in turn.
+Starting processes is what takes time, so each number of processes is started once and runs every script in turn (twice
+for 2, where the first ones are killed, and for 1, where one run is begun that goes on with 4).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +21,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.golden import LLAMA
-from support.launch import emit_into, make_job_folder, outcomes, parameters_of, read_checkpoint, read_metrics, run_all
+from support.launch import (
+    emit_into,
+    free_ports,
+    make_job_folder,
+    outcomes,
+    parameters_of,
+    read_checkpoint,
+    read_metrics,
+    run_all,
+)
 from support.plans import make_plan
 from support.reference import Trained, train_plainly
+from support.tiny import build
 from torch import Tensor
 
 from shardwright.schemas.job import JobSpec
@@ -156,9 +169,15 @@ MOVES = [
 ]
 """One run that goes on with fewer and fewer processes, each plan compiled anew."""
 
+GROWS = [
+    Case("growing 1", make_plan(**MOVING), ("--steps", "5"), out="growing"),
+    Case("growing 4", make_plan(world=4, engine="fsdp2", shard=4, **MOVING), ("--resume",), out="growing"),
+]
+"""The other way round. No size of the model is a multiple of 4 throughout, so the shards are uneven."""
+
 EVALUATED = {
     "data": {**MASKED, "validation": {"files": ["held-out.txt"]}},
-    "train": {"sequence_length": 12, "global_batch": 12, "steps": 4, "evaluate_every": 2, "evaluate_batches": 3},
+    "train": {"sequence_length": 12, "global_batch": 12, "steps": 4, "evaluate_every": 2, "evaluate_batches": 9},
 }
 EVALUATES = {
     1: Case("evaluates 1", make_plan(**EVALUATED)),
@@ -194,6 +213,7 @@ OWN_LOSS_JOB = {
     "model": {"factory": "custom:with_loss", "loss": "model", "inputs": {"ids": "input_ids", "labels": "targets"}},
     "data": MASKED,
 }
+LOSS_FUNCTION_JOB = {"model": {"loss": "custom:loss"}, "data": MASKED}
 LLAMA_JOB = {
     "model": {"factory": None, "args": {}, "hf": LLAMA | {"num_hidden_layers": 3, "tie_word_embeddings": True}}
 }
@@ -211,6 +231,7 @@ def kinds(world: int, **plan: Any) -> list[Case]:
         Case(f"dataset {world}", make_plan(world=world, sources=SOURCES, **plan, **DATASET_JOB)),
         Case(f"tokens {world}", make_plan(world=world, **plan, **TOKENS_JOB)),
         Case(f"synthetic {world}", make_plan(world=world, **plan, **SYNTHETIC_JOB)),
+        Case(f"loss function {world}", make_plan(world=world, sources=SOURCES, **plan, **LOSS_FUNCTION_JOB)),
         Case(f"own loss {world}", make_plan(world=world, sources=SOURCES, **plan, **OWN_LOSS_JOB)),
         Case(f"llama {world}", make_plan(world=world, recomputed=2, **LLAMA_FACTS, **plan, **LLAMA_JOB)),
     ]
@@ -221,7 +242,8 @@ KINDS = {1: kinds(1), 2: kinds(2, engine="fsdp2", shard=2, accumulation=2)}
 NOTHING = ("--steps", "0")
 LAUNCHES: list[tuple[int, list[Case]]] = [
     (2, [TERMINATED, KILLED]),
-    (4, [*FP32[4], *BF16[4], *(Case(c.name, c.plan, NOTHING) for c in INIT[4]), EVALUATES[4], MOVES[0]]),
+    (1, [GROWS[0]]),
+    (4, [*FP32[4], *BF16[4], *(Case(c.name, c.plan, NOTHING) for c in INIT[4]), EVALUATES[4], MOVES[0], GROWS[1]]),
     (
         2,
         [
@@ -400,6 +422,18 @@ def test_a_run_goes_on_with_fewer_processes_and_the_same_batches(runs: Path) -> 
     assert furthest(parameters_of(read_checkpoint(out)), expected.parameters) < 2e-5
 
 
+def test_a_run_goes_on_with_more_processes_and_the_same_batches(runs: Path) -> None:
+    expected = plain(GROWS[0], runs)
+    out = out_of(runs, GROWS[1])
+    assert column(out, "step") == list(range(1, 13))
+    assert column(out, "tokens") == expected.tokens
+    assert column(out, "loss") == pytest.approx(expected.losses, rel=1e-5)
+    assert furthest(parameters_of(read_checkpoint(out)), expected.parameters) < 2e-5
+    index = json.loads((out / (out / "LATEST").read_text().strip() / "index.json").read_text())
+    pieces = index["tensors"]["model.blocks.0.up.weight"]["pieces"]
+    assert len({str(piece) for piece in pieces}) == 4
+
+
 def test_held_out_loss_does_not_depend_on_the_plan(runs: Path) -> None:
     found = {
         world: [line["validation_loss"] for line in read_metrics(out_of(runs, item)) if "validation_loss" in line]
@@ -411,6 +445,18 @@ def test_held_out_loss_does_not_depend_on_the_plan(runs: Path) -> None:
     losses = [column(out_of(runs, item), "loss") for item in EVALUATES.values()]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+@torch.no_grad()
+def test_an_evaluation_takes_each_held_out_sample_once_at_most(runs: Path) -> None:
+    """500 bytes are 41 samples of 12 targets: 3 global batches of 12, although the job allows for 9."""
+    out = out_of(runs, EVALUATES[1])
+    model = build(**EVALUATES[1].plan.job.model.args).eval()
+    model.load_state_dict(parameters_of(read_checkpoint(out)), strict=False)
+    text = torch.tensor(list((runs / "held-out.txt").read_bytes()))
+    inputs, targets = text[: 36 * 12].view(36, 12), text[1 : 36 * 12 + 1].view(36, 12)
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    assert read_metrics(out)[-1]["validation_loss"] == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("world", BY_THE_CLOCK)
@@ -441,6 +487,60 @@ def test_every_kind_of_data_loss_and_model_matches_one_process(runs: Path, one: 
     assert furthest(*(parameters_of(read_checkpoint(out)) for out in (found, expected))) < 2e-5
 
 
+OWN_LOSSES = [c for cases in KINDS.values() for c in cases if "loss" in c.name]
+
+
+@pytest.mark.parametrize("item", OWN_LOSSES, ids=lambda c: c.name)
+def test_losses_of_the_user_match_the_plain_loop(runs: Path, item: Case) -> None:
+    """Both compute what the plain loop does: the model its own mean, which the script weighs, the function the sum."""
+    expected = plain(item, runs)
+    out = out_of(runs, item)
+    assert column(out, "tokens") == expected.tokens
+    assert column(out, "loss") == pytest.approx(expected.losses, rel=1e-6)
+    assert column(out, "grad_norm") == pytest.approx(expected.norms, rel=1e-5)
+    assert furthest(parameters_of(read_checkpoint(out)), expected.parameters) < 2e-5
+
+
+DEATHS: dict[str, tuple[tuple[int, str, int, str], int]] = {
+    "before its file": ((1, "write_tensors", 2, "before"), 2),
+    "after its file": ((1, "write_tensors", 2, "after"), 2),
+    "before the index": ((0, "_write_text", 3, "before"), 2),
+    "before the rename": ((0, "_write_text", 3, "after"), 2),
+    "before LATEST is replaced": ((0, "_write_text", 4, "after"), 2),
+    "after LATEST is replaced": ((0, "_flush_folder", 4, "before"), 4),
+}
+"""Where one of two processes is killed while the second checkpoint, of step 4, is saved; the newest one afterwards."""
+
+
+def test_one_process_killed_in_a_save_leaves_a_checkpoint_and_hangs_nobody(tmp_path: Path) -> None:
+    folder = make_job_folder(tmp_path)
+    train = {"steps": 6, "save_every": 2, "keep": 1}
+    script = emit_into(make_plan(world=2, engine="fsdp2", shard=2, **job(train, **DROPOUT)), folder, "killed")
+    ports = iter(free_ports(1 + 2 * len(DEATHS)))
+
+    def run(out: str, *argv: str, **fields: Any) -> dict[str, Any]:
+        return {"folder": str(script), "argv": ["--out", str(folder / out), *argv], "port": next(ports), **fields}
+
+    dying = [run(name, kill=kill) for name, (kill, _) in DEATHS.items()]
+    assert run_all(2, dying, folder, program="killer.py") == [0, 0]
+    codes = [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(2)]
+    for number, (name, (kill, newest)) in enumerate(DEATHS.items()):
+        assert codes[kill[0]][number] == -signal.SIGKILL, name
+        assert codes[1 - kill[0]][number] == 1, name  # with an error, and not by the alarm that ends a fork that hangs
+        assert (folder / name / "LATEST").read_text().strip() == f"step_{newest:08d}", name
+        assert read_checkpoint(folder / name).keys() == read_checkpoint(folder / "before its file").keys()
+
+    resumed = [run("whole"), *(run(name, "--resume") for name in DEATHS)]
+    assert run_all(2, resumed, folder, program="killer.py") == [0, 0]
+    assert [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(2)] == [[0] * len(resumed)] * 2
+    expected = read_checkpoint(folder / "whole")
+    for name in DEATHS:
+        assert column(folder / name, "loss") == column(folder / "whole", "loss"), name
+        found = read_checkpoint(folder / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+        assert [path.name for path in (folder / name).glob("step_*")] == ["step_00000006"], name
+
+
 DATASET = '''
 import os
 import shutil
@@ -461,23 +561,81 @@ class Samples:
 '''
 
 
+LAUNCHED_PLAN = make_plan(
+    world=2,
+    engine="fsdp2",
+    shard=2,
+    sources=("tiny.py", "samples.py"),
+    data={"bytes": None, "dataset": "samples:Samples"},
+    train={"steps": 1000},
+)
+LAUNCHED_ENVIRONMENT = {**os.environ, "PYTHON": sys.executable}
+
+
 def test_the_launcher_starts_real_processes_and_sigterm_exits_with_zero(tmp_path: Path) -> None:
     folder = make_job_folder(tmp_path / "a path with spaces")
     (folder / "samples.py").write_text(DATASET)
-    plan = make_plan(
-        world=2,
-        engine="fsdp2",
-        shard=2,
-        sources=("tiny.py", "samples.py"),
-        data={"bytes": None, "dataset": "samples:Samples"},
-        train={"steps": 1000},
-    )
-    script = emit_into(plan, folder, "out folder")
+    script = emit_into(LAUNCHED_PLAN, folder, "out folder")
     assert (script / "launch.sh").stat().st_mode & stat.S_IXUSR
-    environment = {**os.environ, "PYTHON": sys.executable}
-    run = subprocess.run([script / "launch.sh"], env=environment, capture_output=True, text=True, timeout=120, cwd="/")
+    run = subprocess.run(
+        [script / "launch.sh"], env=LAUNCHED_ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd="/"
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     # Six samples of each process make the first step; the signal comes with the second step's first sample.
     assert column(script / "out", "step") == [1]
     assert (script / "out" / "LATEST").read_text().strip() == "step_00000001"
     assert "step 1/1000" in run.stdout
+
+
+def terminate_when_training(script: Path, *, group: bool) -> tuple[int, str]:
+    """Starts launch.sh in a process group of its own, sends SIGTERM after the first step; exit code and messages."""
+    command = ["bash", "launch.sh"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, cwd=script, env=UNBUFFERED, start_new_session=True, **options)
+    try:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline().startswith("step 1/"), launcher.communicate(timeout=60)[1][-4000:]
+        (os.killpg if group else os.kill)(launcher.pid, signal.SIGTERM)
+        messages = launcher.communicate(timeout=60)[1]
+        return launcher.returncode, messages
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+UNBUFFERED = {**LAUNCHED_ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
+ENDLESS = DATASET.replace("self.read == 7", "False")
+
+
+def test_sigterm_to_the_launcher_saves_resumes_and_exits_as_it_promises(tmp_path: Path) -> None:
+    folder = make_job_folder(tmp_path)
+    (folder / "samples.py").write_text(ENDLESS)
+    script = emit_into(LAUNCHED_PLAN, folder, "out")
+    code, messages = terminate_when_training(script, group=False)
+    assert code == 0, messages[-4000:]
+    assert "Traceback" not in messages
+    saved = int((script / "out" / "LATEST").read_text().removeprefix("step_"))
+    assert column(script / "out", "step") == list(range(1, saved + 1))
+
+    more = str(saved + 2)
+    run = subprocess.run(
+        ["bash", "launch.sh", "--resume", "--steps", more],
+        cwd=script,
+        env=UNBUFFERED,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.startswith(f"step {saved + 1}/")
+    assert column(script / "out", "step") == list(range(1, saved + 3))
+
+
+def test_sigterm_to_the_whole_group_saves_and_exits_with_one(tmp_path: Path) -> None:
+    folder = make_job_folder(tmp_path)
+    (folder / "samples.py").write_text(ENDLESS)
+    script = emit_into(LAUNCHED_PLAN, folder, "out")
+    code, messages = terminate_when_training(script, group=True)
+    assert code == 1
+    assert "SignalException" in messages
+    assert int((script / "out" / "LATEST").read_text().removeprefix("step_")) == column(script / "out", "step")[-1]

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,27 @@ def emit_into(plan: Plan, job_folder: Path, name: str) -> Path:
     return out
 
 
-def run_all(world: int, runs: Sequence[dict[str, Any]], folder: Path, timeout: float = 120) -> list[int]:
-    """Run scripts one after another in `world` processes; returns the exit codes."""
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody uses."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def run_all(
+    world: int, runs: Sequence[dict[str, Any]], folder: Path, timeout: float = 120, program: str = "worker.py"
+) -> list[int]:
+    """Run scripts one after another in `world` processes of a program beside this file; returns the exit codes."""
     spec = folder / "runs.json"
     spec.write_text(json.dumps(runs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1)[0]
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(world):
         environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(SUPPORT / "worker.py"), str(spec)]
+        command = [sys.executable, str(SUPPORT / program), str(spec)]
         log = (folder / f"log-{world}-{rank}.txt").open("w")
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:

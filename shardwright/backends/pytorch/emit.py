@@ -15,7 +15,7 @@ from shardwright.backends.pytorch.engines import ENGINES, micro_batch_flags
 from shardwright.backends.pytorch.headline import closing_lines, headline, launch_lines, plan_lines
 from shardwright.backends.pytorch.imports import KNOWN, Import, imports_for
 from shardwright.backends.pytorch.recipes import OPTIMIZER_CONSTANTS, PRECISION_POLICIES
-from shardwright.backends.pytorch.sources import architecture, local_files, model_config, runtime_files
+from shardwright.backends.pytorch.sources import RUNTIME, architecture, local_files, model_config, runtime_files
 from shardwright.backends.pytorch.text import (
     assignment,
     comment_lines,
@@ -60,7 +60,7 @@ def emit(plan: Plan, job_folder: Path, out: Path) -> Emission:
     taken = sorted(files.keys() & sources.keys())
     if taken:
         raise InputError(Diagnostic(key="model", message=f"{taken[0]} would take the place of an emitted file"))
-    return Emission(files | sources, executable=frozenset({"launch.sh"}))
+    return Emission(files | sources, executable=frozenset({"launch.sh"}), packages=frozenset({RUNTIME}))
 
 
 def _environment() -> jinja2.Environment:

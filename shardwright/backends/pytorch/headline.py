@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import ceil
 from textwrap import fill
 
 from shardwright.backends.pytorch.text import docstring_text, prose
@@ -23,13 +22,12 @@ def headline(plan: Plan) -> str:
 
 def launch_lines(plan: Plan, nodes: int, grouped: bool) -> str:
     """The commands that start and resume it."""
-    per_node = ceil(plan.decision.mesh.world_size / nodes)
     if plan.job.cluster.launcher == "slurm":
         start = "sbatch train.slurm"
     elif not grouped:
         start = "python train.py"
     elif nodes == 1:
-        start = f"torchrun --standalone --nproc-per-node {per_node} train.py"
+        start = "./launch.sh"
     else:
         start = "HEAD=node0 ./launch.sh"
     where = "" if nodes == 1 or "sbatch" in start else f" on each of the {nodes} nodes"

@@ -56,8 +56,8 @@ def model_config(hf: str | dict[str, Any], job_folder: Path) -> str:
     if isinstance(hf, dict):
         return json.dumps(hf, indent=2) + "\n"
     path = job_folder / hf
-    path = path / "config.json" if path.is_dir() else path
     try:
+        path = path / "config.json" if path.is_dir() else path
         return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=2) + "\n"
     except (OSError, ValueError) as error:
         raise InputError(Diagnostic(key="model.hf", message=f"cannot read the configuration {hf}: {error}")) from error

@@ -52,7 +52,7 @@ EPSILON = 1e-08
 WEIGHT_DECAY = 0.1  # of matrices
 CLIP_GRAD_NORM = 1.0  # highest L2 norm of the whole gradient
 KEEP_CHECKPOINTS = 2  # newest ones; older ones are removed
-EVALUATE_BATCHES = 8  # global batches of one evaluation
+EVALUATE_BATCHES = 8  # most global batches of one evaluation
 
 # The plan. To change it, edit `decision` in plan.json and compile that file: it is checked and predicted again.
 WORLD_SIZE = 16  # processes, one a device
@@ -102,10 +102,14 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, device: torch.device) -> float:
-    """Mean loss per held-out target, over the same EVALUATE_BATCHES global batches each time."""
+    """Mean loss per held-out target, over the same EVALUATE_BATCHES global batches each time.
+
+    Where they are more than a pass over the held-out samples fills, over as many as it fills; but over one at least,
+    which repeats samples if there are fewer than GLOBAL_BATCH.
+    """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for number in range(EVALUATE_BATCHES):
+    for number in range(min(EVALUATE_BATCHES, batches.per_pass())):
         batch = batches(number)
         sums[0] += summed_loss(model, to_device(batch, device))
         sums[1] += learnt_targets([batch])

@@ -1,7 +1,7 @@
 """Train tiny:build on 2 x test cpu: ddp x 2.
 
-    torchrun --standalone --nproc-per-node 2 train.py             # start: checkpoints and metrics.jsonl go to ./out
-    torchrun --standalone --nproc-per-node 2 train.py --resume    # go on from the newest checkpoint there
+    ./launch.sh             # start: checkpoints and metrics.jsonl go to ./out
+    ./launch.sh --resume    # go on from the newest checkpoint there
 
 Plan (plan.json)                                              Predicted
   engine        ddp                                           step time    12.3 ms
@@ -58,7 +58,7 @@ WEIGHT_DECAY = 0.1  # of matrices
 SAVE_EVERY = 100  # steps; also at the end and on SIGTERM
 KEEP_CHECKPOINTS = 2  # newest ones; older ones are removed
 EVALUATE_EVERY = 50  # steps; also at the end
-EVALUATE_BATCHES = 8  # global batches of one evaluation
+EVALUATE_BATCHES = 8  # most global batches of one evaluation
 
 # The plan. To change it, edit `decision` in plan.json and compile that file: it is checked and predicted again.
 WORLD_SIZE = 2  # processes, one a device
@@ -115,10 +115,14 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, device: torch.device) -> float:
-    """Mean loss per held-out target, over the same EVALUATE_BATCHES global batches each time."""
+    """Mean loss per held-out target, over the same EVALUATE_BATCHES global batches each time.
+
+    Where they are more than a pass over the held-out samples fills, over as many as it fills; but over one at least,
+    which repeats samples if there are fewer than GLOBAL_BATCH.
+    """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for number in range(EVALUATE_BATCHES):
+    for number in range(min(EVALUATE_BATCHES, batches.per_pass())):
         for micro in range(ACCUMULATION):
             batch = batches(number, micro)
             sums[0] += summed_loss(model, batch)

@@ -1,7 +1,7 @@
 """Train tiny:build on 2 x test cpu: ddp x 2.
 
-    torchrun --standalone --nproc-per-node 2 train.py             # start: checkpoints and metrics.jsonl go to ./out
-    torchrun --standalone --nproc-per-node 2 train.py --resume    # go on from the newest checkpoint there
+    ./launch.sh             # start: checkpoints and metrics.jsonl go to ./out
+    ./launch.sh --resume    # go on from the newest checkpoint there
 
 Plan (plan.json)                                              Predicted
   engine        ddp                                           step time    12.3 ms

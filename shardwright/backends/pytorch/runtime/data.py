@@ -76,6 +76,10 @@ class Batches:
         rows = [self.samples[self._sample(position)] for position in range(first, first + self.micro_batch)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def per_pass(self) -> int:
+        """Global batches that each sample once fills; 1 where there are fewer samples than a global batch has."""
+        return max(1, len(self.samples) // self.global_batch)
+
     def _sample(self, position: int) -> int:
         epoch, index = divmod(position, len(self.samples))
         return permute(index, len(self.samples), seed_for(self.seed, "order", epoch)) if self.shuffle else index
