@@ -12,6 +12,9 @@ from types import MappingProxyType
 
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 
+STAGING = ".shardwright-"
+"""Beginning of the name of a folder that `write` works in; one that an interruption left may be deleted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Emission:
@@ -30,14 +33,14 @@ class Emission:
         object.__setattr__(self, "files", MappingProxyType(dict(sorted(self.files.items()))))
 
 
-def write(emission: Emission, out: Path) -> None:
+def write(emission: Emission, out: Path) -> tuple[str, ...]:
     """Put the files into `out`; whatever else lies there (checkpoints, metrics, notes) stays, but for modules of an
     earlier emission in the emission's own packages.
 
-    All files are first written beside their places; only when every one of them is on the disk are they renamed into
-    place. An interruption before that leaves the folder as it was, and a full disk cannot truncate a file. Raises
-    InputError when `out`, or a place in it, is taken by something that is not a folder or a file, and when a file would
-    be replaced in a folder that was not written from here (it has no plan.json).
+    All files are first written aside. A new folder then appears whole; in one that was compiled into before, files are
+    renamed into place once every one of them is on the disk, so that a full disk cannot truncate a file. A script or
+    source that changes is kept under its name with `.old`: returns their names. Raises InputError when the folder
+    cannot be written, when a file would be replaced in a folder that was not written from here (it has no plan.json).
     """
     places = {name: out / name for name in emission.files}
     for folder in (out, *(place.parent for place in places.values())):
@@ -49,9 +52,9 @@ def write(emission: Emission, out: Path) -> None:
         if not (out / "plan.json").exists() and place.exists() and place.read_bytes() != emission.files[name].encode():
             message = f"{place} would be replaced, and {out} holds no plan.json: it is not a folder of compiled files"
             raise InputError(Diagnostic(message=message, suggestion="choose another output folder"))
-    again = (out / "plan.json").is_file()
-    out.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".shardwright-", dir=out))
+    new, again = not out.exists(), (out / "plan.json").is_file()
+    (out.parent if new else out).mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=out.parent if new else out))
     try:
         for name, text in emission.files.items():
             staged = staging / name
@@ -61,13 +64,31 @@ def write(emission: Emission, out: Path) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             staged.chmod(0o755 if name in emission.executable else 0o644)
-        for name, place in places.items():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / name, place)
+        if new:
+            staging.chmod(0o755)
+            os.replace(staging, out)
+            return ()
+        kept = _replace(emission, staging, out)
         if again:
             _remove_leftovers(emission, out)
+        return kept
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(emission: Emission, staging: Path, out: Path) -> tuple[str, ...]:
+    """Rename the files into place. plan.json and the emission's own packages are not for editing, and not kept."""
+    kept = []
+    # What marks the folder as compiled comes first, so that an interrupted write can be repeated.
+    for name in sorted(emission.files, key=lambda name: (name not in ("plan.json", "train.py"), name)):
+        place, text = out / name, emission.files[name]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        theirs = name != "plan.json" and name.split("/")[0] not in emission.packages
+        if theirs and place.exists() and place.read_bytes() != text.encode():
+            os.replace(place, place.with_name(f"{place.name}.old"))
+            kept.append(name)
+        os.replace(staging / name, place)
+    return tuple(kept)
 
 
 def _remove_leftovers(emission: Emission, out: Path) -> None:

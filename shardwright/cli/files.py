@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shardwright.backends.emission import STAGING
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 
 PLAN_FILE = "plan.json"
@@ -83,7 +84,7 @@ def check_emission_target(folder: Path) -> None:
     """Refuses to write into a folder that is neither empty nor an earlier emission of ours. Raises InputError."""
     if folder.exists() and not folder.is_dir():
         raise InputError(Diagnostic(file=str(folder), message="is a file; name the folder to write"))
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(entry.name.startswith(STAGING) for entry in folder.iterdir()):
         return
     if not ((folder / _SCRIPT_FILE).is_file() and looks_like_plan(folder / PLAN_FILE)):
         raise InputError(

@@ -120,7 +120,9 @@ def compile_(
     with located(loaded):
         emission = emit(made, job_folder(loaded), output)
     with writing(output):
-        write(emission, output)
+        kept = write(emission, output)
+    for name in kept:
+        say(f"{name} was there and has changed: the former one is {name}.old")
     if as_json:
         show_json({"plan": made.name, "folder": str(output), "files": sorted(emission.files)})
     else:

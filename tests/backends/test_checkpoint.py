@@ -420,3 +420,10 @@ def test_cover_is_checked_against_every_element(shape: list[int], data: st.DataO
         check_cover("it", tuple(shape), boxes[:number] + boxes[number + 1 :])
     with pytest.raises(FormatError):
         check_cover("it", tuple(shape), [*boxes, boxes[number]])
+
+
+def test_without_latest_the_last_one_in_place_counts(tmp_path: Path) -> None:
+    save(tmp_path, 3, 5)
+    (tmp_path / "LATEST").unlink()
+    (tmp_path / "step_00000007.tmp").mkdir()
+    assert Checkpoints(tmp_path, 2).latest() == "step_00000005"

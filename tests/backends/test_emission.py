@@ -31,8 +31,9 @@ def test_what_else_lies_in_the_folder_stays(tmp_path: Path) -> None:
     checkpoint.write_text("{}")
     (tmp_path / "plan.json").write_text("{old}")
     (tmp_path / "train.py").write_text("old\n")
-    write(FILES, tmp_path)
-    assert listing(tmp_path) == {**FILES.files, "out/step_00000003/index.json": "{}"}
+    assert write(FILES, tmp_path) == ("train.py",)
+    kept = {"out/step_00000003/index.json": "{}", "train.py.old": "old\n"}
+    assert listing(tmp_path) == {**FILES.files, **kept}
 
 
 def test_files_of_a_folder_that_is_no_emission_are_not_replaced(tmp_path: Path) -> None:

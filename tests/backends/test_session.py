@@ -108,3 +108,14 @@ def test_a_micro_batch_without_learnt_targets_adds_nothing(models_own: bool) -> 
     assert loss.item() == 0.0
     assert logits.grad is not None
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize(
+    "broken", [b"\n", b"garbage\n", b"\xff\xfe\n", b"\x00\x00\n", b"[]\n", b'{"step": null}\n', b'{"st']
+)
+def test_a_broken_log_keeps_nobody_from_resuming(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1}\n'
+    path.write_bytes(good + broken + b'\n{"step": 2}\n{"step": 9}\n')
+    MetricsLog(path, 2).close()
+    assert path.read_bytes() == good + b'{"step": 2}\n'

@@ -170,6 +170,8 @@ def train(args: argparse.Namespace, rank: int, device: torch.device) -> None:
     state = TrainState(step=0, tokens=0, seed=SEED)
     if args.resume:
         state = checkpoints.load(model, optimizer, seed=SEED) or state
+        if rank == 0:
+            print(f"going on after step {state.step}" if state.step else f"no checkpoint in {args.out}: starting anew")
     elif checkpoints.latest() is not None:
         message = f"{args.out} holds checkpoints: go on with --resume, or start anew with another --out"
         raise SystemExit(message if rank == 0 else 1)

@@ -63,10 +63,13 @@ class Checkpoints:
         """Step of the newest checkpoint that this object wrote or read."""
 
     def latest(self) -> str | None:
-        """Name of the newest checkpoint's folder, or None. Raises FormatError when LATEST holds anything else."""
+        """Name of the newest checkpoint's folder, or None. Raises FormatError when LATEST holds anything else.
+
+        Without LATEST it is the last folder that was put in place: each is whole by then.
+        """
         path = self.folder / LATEST
         if not path.exists():
-            return None
+            return max((each.name for each in self.folder.glob("step_*") if _STEP.fullmatch(each.name)), default=None)
         with open_regular(path) as file:
             name = file.read(80).decode("utf-8", "replace").strip()
         if not _STEP.fullmatch(name):

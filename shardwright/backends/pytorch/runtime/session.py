@@ -118,12 +118,13 @@ class MetricsLog:
     """One JSON object per step in a file of lines, written by one process.
 
     `step` is the step that training starts from: lines of later steps, left by a run that died after its last
-    checkpoint, are removed first, and so is a last line cut short.
+    checkpoint, are removed first, and so is whatever is no line of this log: a broken log keeps nobody from resuming.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _complete_lines(path) if _step_of(line) <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -140,11 +141,9 @@ class MetricsLog:
         self._file.close()
 
 
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _step_of(line: str) -> int:
-    return int(json.loads(line)["step"])
+def _step_of(line: str) -> float:
+    """The step of a line, infinity for one that has none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return math.inf
