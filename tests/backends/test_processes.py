@@ -627,7 +627,7 @@ def test_sigterm_to_the_launcher_saves_resumes_and_exits_as_it_promises(tmp_path
         timeout=60,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.startswith(f"step {saved + 1}/")
+    assert run.stdout.startswith(f"going on after step {saved}\nstep {saved + 1}/")
     assert column(script / "out", "step") == list(range(1, saved + 3))
 
 
