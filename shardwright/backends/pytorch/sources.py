@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shardwright.backends.pytorch.imports import KNOWN
+from shardwright.schemas import hugging_face
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.plan import Plan
 
@@ -65,12 +66,9 @@ def model_config(hf: str | dict[str, Any], job_folder: Path) -> str:
 
 def architecture(config: str) -> str | None:
     """The class of transformers that a configuration names, or None. Raises InputError for an impossible name."""
-    fields = json.loads(config)
-    names = fields.get("architectures") if isinstance(fields, dict) else None
-    if not names:
-        return None
-    name = names[0] if isinstance(names, list) else names
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Z][A-Za-z0-9_]*", name) or name in KNOWN:
+    name = hugging_face.architecture(json.loads(config))
+    # Names of classes only: any other might be one that the script itself defines.
+    if name is not None and (name in KNOWN or not re.fullmatch(r"x?[A-Z][A-Za-z0-9_]*", name)):
         raise InputError(Diagnostic(key="model.hf", message=f"architectures: {name!r} is not a model of transformers"))
     return name
 
