@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 from collections.abc import Callable
@@ -74,4 +75,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a sign is no reason to fail
-    app(prog_name="shardwright")
+    gc.disable()  # the process is short: walking all of torch for garbage takes longer than what it would free is worth
+    try:
+        app(prog_name="shardwright")
+    finally:
+        gc.freeze()  # at its end Python looks for garbage whether that is disabled or not

@@ -15,4 +15,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Set one key of what is read; may be repeated."),
 ]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", help="Profile the model anew, even if a profile of it is kept.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]

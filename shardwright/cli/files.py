@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shardwright.backends.emission import STAGING
+from shardwright.report.svg import MARK
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 
 PLAN_FILE = "plan.json"
 _SCRIPT_FILE = "train.py"
+_MARKED_WITHIN = 512
+"""Characters at the beginning of a drawing that hold its mark."""
 
 
 @contextmanager
@@ -78,6 +81,31 @@ def check_plan_target(path: Path) -> None:
                 suggestion="name another file, or move this one away",
             )
         )
+
+
+def check_drawing_target(path: Path, endings: Collection[str]) -> None:
+    """Refuses a file of a kind that we do not draw, and to replace one that we did not. Raises InputError."""
+    if path.suffix not in endings:
+        message = f"{path.name!r} ends in none of {', '.join(endings)}"
+        raise InputError(Diagnostic(key="--graph", message=message, suggestion="the ending says what is drawn"))
+    if path.is_dir():
+        raise InputError(Diagnostic(file=str(path), message="is a folder; name the file of the drawing"))
+    if path.exists() and MARK not in _beginning(path):
+        raise InputError(
+            Diagnostic(
+                file=str(path),
+                message="holds something that is not a drawing of ours, so it is not overwritten",
+                suggestion="name another file, or move this one away",
+            )
+        )
+
+
+def _beginning(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(_MARKED_WITHIN)
+    except (OSError, ValueError):
+        return ""
 
 
 def check_emission_target(folder: Path) -> None:

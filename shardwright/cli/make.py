@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 
 from shardwright import report
-from shardwright.cli.arguments import AsJson, Job, JobOrPlan, Overrides
+from shardwright.cli.arguments import AsJson, Job, JobOrPlan, NoCache, Overrides
 from shardwright.cli.files import (
     check_emission_target,
     check_empty,
@@ -66,6 +66,7 @@ def plan(
     job: Job,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="PLAN", help="Also write plan.json.")] = None,
     overrides: Overrides = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> int:
     """Print the fastest plan that fits, and why.
@@ -79,7 +80,7 @@ def plan(
     """
     if output is not None:
         check_plan_target(output)
-    made = plan_job(read_job(job, overrides or ()), output.parent if output else Path())
+    made = plan_job(read_job(job, overrides or ()), output.parent if output else Path(), cached=not no_cache)
     if isinstance(made, Infeasible):
         return no_plan(made, as_json)
     if output is not None:
@@ -96,6 +97,7 @@ def compile_(
     source: JobOrPlan,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The folder to write.")],
     overrides: Overrides = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> int:
     """Write the training script of a job or of a plan.
@@ -111,7 +113,7 @@ def compile_(
     """
     check_emission_target(output)
     loaded = read_job_or_plan(source, overrides or ())
-    made = plan_or_predict(loaded, output)
+    made = plan_or_predict(loaded, output, cached=not no_cache)
     if isinstance(made, Infeasible):
         return no_plan(made, as_json)
     from shardwright.backends.emission import write
@@ -139,6 +141,7 @@ def rehearse(
         Path | None, typer.Option(metavar="DIR", help="Keep the scripts, logs and checkpoints of the runs here.")
     ] = None,
     overrides: Overrides = None,
+    no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> int:
     """Prove a plan on this machine's CPU.
@@ -153,7 +156,7 @@ def rehearse(
     if keep is not None:
         check_empty(keep)
     loaded = read_job_or_plan(source, overrides or ())
-    made = plan_or_predict(loaded, Path())
+    made = plan_or_predict(loaded, Path(), cached=not no_cache)
     if isinstance(made, Infeasible):
         return no_plan(made, as_json)
     from shardwright.rehearse import rehearse as run

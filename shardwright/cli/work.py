@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from shardwright.cli.files import PLAN_FILE, looks_like_plan
 from shardwright.cli.terminal import doing, say, warn
+from shardwright.report.layout import duration
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.plan import Infeasible, Plan
 from shardwright.schemas.source import LoadedJob, LoadedPlan, load_job, load_plan
@@ -18,7 +20,7 @@ from shardwright.schemas.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from shardwright.schemas.job import JobSpec
-    from shardwright.schemas.profile import ModelProfile
+    from shardwright.schemas.profile import ComputeDtypeName, ModelProfile
 
 
 @contextmanager
@@ -52,30 +54,51 @@ def read_job_or_plan(path: Path, overrides: Sequence[str], *, only_shown: bool =
     return read_job(path, overrides)
 
 
-def profile_job(job: JobSpec, folder: Path) -> ModelProfile:
-    """Profiles the model for every dtype that a plan may use, and says what the profile warns of."""
+def profile_job(
+    job: JobSpec,
+    folder: Path,
+    *,
+    cached: bool,
+    only: ComputeDtypeName | None = None,
+    compiled: bool = False,
+    warned: bool = True,
+) -> ModelProfile:
+    """Profiles the model for every dtype that a plan may use (or for `only` one of them), and says what the profile
+    warns of, where that is not drawn anyway (`warned`). With `cached` a profile that was kept is taken, also one for
+    more dtypes, and a new one is kept."""
+    from shardwright.passes.cache import users_cache
     from shardwright.planner import needed_dtypes
 
-    with doing("profiling the model"):
-        from shardwright.passes import profile_model
+    dtypes, cache = needed_dtypes(job), users_cache() if cached else None
+    kept = cache.find(job, folder, dtypes, compiled=compiled) if cache else None
+    if only is not None and kept is None:
+        dtypes = (only,)
+        kept = cache.find(job, folder, dtypes, compiled=compiled) if cache else None
+    if kept is not None:
+        profile = kept.profile
+        say(f"profile from the cache, made {duration(max(0.0, time.time() - kept.made))} ago")
+    else:
+        with doing("profiling the model"):
+            from shardwright import passes
 
-        profile = profile_model(job, folder, needed_dtypes(job))
-    for warning in profile.warnings:
+            make = cache.make if cache else passes.profile_model
+            profile = make(job, folder, dtypes, compiled=compiled)
+    for warning in profile.warnings if warned else ():
         warn(warning)
     return profile
 
 
-def plan_job(loaded: LoadedJob, folder: Path) -> Plan | Infeasible:
+def plan_job(loaded: LoadedJob, folder: Path, *, cached: bool) -> Plan | Infeasible:
     """Profiles and searches, for a plan that is to lie in `folder`."""
     from shardwright.planner import make_plan
 
     with located(loaded):
-        profile = profile_job(loaded.job, loaded.folder)
+        profile = profile_job(loaded.job, loaded.folder, cached=cached)
         with doing("searching for plans"):
             return make_plan(loaded.job, profile, job_file=relative(loaded.path, folder), defaults=loaded.defaults)
 
 
-def predict_again(loaded: LoadedPlan, folder: Path) -> Plan:
+def predict_again(loaded: LoadedPlan, folder: Path, *, cached: bool) -> Plan:
     """Checks a plan whose decision may have been edited, and predicts it anew; the plan is to lie in `folder`."""
     from shardwright.planner import evaluate
 
@@ -83,7 +106,7 @@ def predict_again(loaded: LoadedPlan, folder: Path) -> Plan:
     if not (loaded.folder / old.job_file).is_file():
         warn(f"the plan's job file {old.job_file} is not there; relative paths of the job start from its folder")
     with located(loaded):
-        profile = profile_job(old.job, loaded.job_folder)
+        profile = profile_job(old.job, loaded.job_folder, cached=cached)
         if profile.digest != old.profile_digest:
             warn("the model's profile is no longer the one of this plan: it, or the tool, has changed since")
         with doing("predicting"):
@@ -102,16 +125,18 @@ def _say_changes(old: Plan, new: Plan) -> None:
     )
 
 
-def plan_or_predict(loaded: LoadedJob | LoadedPlan, folder: Path) -> Plan | Infeasible:
+def plan_or_predict(loaded: LoadedJob | LoadedPlan, folder: Path, *, cached: bool) -> Plan | Infeasible:
     """The plan of a job, or a plan predicted again."""
-    return predict_again(loaded, folder) if isinstance(loaded, LoadedPlan) else plan_job(loaded, folder)
+    if isinstance(loaded, LoadedPlan):
+        return predict_again(loaded, folder, cached=cached)
+    return plan_job(loaded, folder, cached=cached)
 
 
-def plan_to_show(path: Path, overrides: Sequence[str]) -> Plan | Infeasible:
+def plan_to_show(path: Path, overrides: Sequence[str], *, cached: bool) -> Plan | Infeasible:
     """The plan of a job, or a saved plan as it stands; with overrides it is predicted again."""
     loaded = read_job_or_plan(path, overrides, only_shown=not overrides)
     if overrides or isinstance(loaded, LoadedJob):
-        return plan_or_predict(loaded, Path())
+        return plan_or_predict(loaded, Path(), cached=cached)
     say("as saved: if its decision was edited since, `compile` predicts the plan again")
     return loaded.plan
 

@@ -1,10 +1,20 @@
 """Repeated blocks: where they are, and which of them are equal.
 
+[Note: blocks]
+A block is an entry of a list of modules (`ModuleList`, `Sequential`, `ModuleDict`) that holds at least two of one
+class, each with parameters and children of its own: the outermost such list counts. Two things look inside:
+
+- lists of stages. Entries that are plain lists themselves, or that all differ in their parameters' shapes and each hold
+  a list of blocks, are stages (a ResNet's, a U-Net's, a Swin transformer's); the blocks are what they hold.
+- blocks that are not called exactly once in a forward, which only a run can tell: they are passed over.
+
+Modules elsewhere in the model are blocks, too, if they are of the class of one (the middle of a U-Net). A model without
+any such list may keep its blocks in attributes: those of its children that share a class with another one.
+
 [Note: fingerprint]
 Two modules are taken to cost the same when their classes, the shapes, dtypes and trainability of their parameters and
-buffers, their plain attributes and their children are equal. Attributes that only number a layer are left out. A
-module whose forward asks for its own number would therefore be mistaken for its neighbour; models state such
-differences by attributes or children of their own (sliding windows, expert layers), which are seen.
+buffers, their plain attributes and their children are equal. Attributes that only number a layer are left out: whether
+a forward decides by them is found out by running it ([Note: alike]).
 """
 
 from __future__ import annotations
@@ -12,18 +22,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-_NUMBERING = frozenset(
+NUMBERING = frozenset(
     {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "block_id", "block_index", "idx", "index"}
 )
+"""Names of attributes that number a layer."""
 _INTERNALS = frozenset(vars(nn.Module()))
-_CONTAINERS = (nn.ModuleList, nn.Sequential)
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +43,82 @@ class Block:
     """One block of the model."""
 
     path: str
-    container: str
-    """Path of the list that holds it."""
     module: nn.Module
     fingerprint: str
+    """Equal for blocks that are measured once."""
 
 
-def find_blocks(model: nn.Module, excluded: frozenset[str] = frozenset()) -> tuple[Block, ...]:
-    """The blocks of a model in order of registration: entries of the outermost `ModuleList`s and `Sequential`s that
-    hold at least two of one class, each with parameters and children of its own. Containers whose path is in
-    `excluded` are passed over, and searched inside."""
+Named = tuple[str, nn.Module]
+
+
+def find_blocks(model: nn.Module, excluded: frozenset[str] = frozenset(), *, share: bool = True) -> tuple[Block, ...]:
+    """The blocks of a model in order of registration ([Note: blocks]). Modules whose path is in `excluded` are passed
+    over, and searched inside. Without `share` no two blocks have one fingerprint."""
+    found = list(_in_lists("", model, excluded))
+    if found:
+        classes = {type(module) for _, module in found if not isinstance(module, LISTS)}
+        found = list(_of_classes("", model, dict(found), classes, excluded))
+    elif not excluded:
+        found = _attributes(model)
     known: dict[int, Any] = {}
+    prints = [fingerprint(module, known) for _, module in found]
     return tuple(
-        Block(path, container, module, fingerprint(module, known))
-        for container, path, module in _entries(model, "", excluded)
+        Block(path, module, print if share else f"{print} {path}")
+        for (path, module), print in zip(found, prints, strict=True)
     )
 
 
-def _entries(module: nn.Module, path: str, excluded: frozenset[str]) -> Iterator[tuple[str, str, nn.Module]]:
-    named = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
-    if isinstance(module, _CONTAINERS) and path not in excluded:
-        large = [(name, child) for name, child in named if _is_large(child)]
-        classes = [type(child) for _, child in large]
-        if len(set(classes)) < len(classes):
-            yield from ((path, name, child) for name, child in large)
-            return
-    for name, child in named:
-        yield from _entries(child, name, excluded)
+def _children(path: str, module: nn.Module) -> list[Named]:
+    return [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+
+
+def _in_lists(path: str, module: nn.Module, excluded: frozenset[str]) -> Iterator[Named]:
+    """The blocks that lie in lists."""
+    children = _children(path, module)
+    large = [(name, child) for name, child in children if _is_large(child)]
+    if not isinstance(module, LISTS) or not _repeats(large) or _are_stages(large):
+        for name, child in children:
+            yield from _in_lists(name, child, excluded)
+        return
+    for name, child in large:
+        if name in excluded:
+            yield from _in_lists(name, child, excluded)
+        else:
+            yield name, child
+
+
+def _repeats(entries: list[Named]) -> bool:
+    return any(count > 1 for count in Counter(type(module) for _, module in entries).values())
+
+
+def _are_stages(entries: list[Named]) -> bool:
+    inside = [any(_in_lists("", module, frozenset())) for _, module in entries]
+    if all(isinstance(module, LISTS) for _, module in entries):
+        return any(inside)
+    shapes = {str([tuple(p.shape) for p in module.parameters()]) for _, module in entries}
+    return all(inside) and len(shapes) == len(entries)
+
+
+def _of_classes(
+    path: str, module: nn.Module, blocks: Mapping[str, nn.Module], classes: set[type], excluded: frozenset[str]
+) -> Iterator[Named]:
+    """The given blocks, and the modules outside them that are of their classes and hold none of them."""
+    inside = f"{path}." if path else ""
+    holds = path not in blocks and any(block.startswith(inside) for block in blocks)
+    if path in blocks or (type(module) in classes and path not in excluded and not holds):
+        yield path, module
+        return
+    for name, child in _children(path, module):
+        yield from _of_classes(name, child, blocks, classes, excluded)
+
+
+def _attributes(model: nn.Module) -> list[Named]:
+    """The blocks of a model without lists."""
+    path, module = "", model
+    while len(large := [named for named in _children(path, module) if _is_large(named[1])]) == 1:
+        ((path, module),) = large
+    number = Counter(type(child) for _, child in large if not isinstance(child, LISTS))
+    return [(name, child) for name, child in large if number[type(child)] > 1]
 
 
 def _is_large(module: nn.Module) -> bool:
@@ -81,7 +142,7 @@ def _describe_module(module: nn.Module, known: dict[int, Any]) -> Any:
             if tensor is not None
         ]
 
-    plain = sorted(name for name in vars(module) if name not in _INTERNALS and name not in _NUMBERING)
+    plain = sorted(name for name in vars(module) if name not in _INTERNALS and name not in NUMBERING)
     return (
         f"{type(module).__module__}.{type(module).__qualname__}",
         module.training,

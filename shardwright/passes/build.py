@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from shardwright.passes.imports import UserCode
+from shardwright.passes.kernels import quiet_transformers
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.hugging_face import architecture
 from shardwright.schemas.job import ModelSpec
@@ -31,6 +31,9 @@ class Built:
     key: str
     """Key of the job that named it."""
     hugging_face: bool
+    attention: str = "none"
+    """The attention of a model that calls no fused kernel: `eager`, products and a softmax of its own, or `none`."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -48,7 +51,73 @@ def build_model(spec: ModelSpec, code: UserCode) -> Built:
         found = f"{spec.factory} returned {type(module).__name__}"
         raise InputError(Diagnostic(key=key, message=f"{found}; a factory returns a torch.nn.Module"))
     _check_tensors(module, key)
-    return Built(module.train(), key, hugging_face=spec.hf is not None)
+    return _from_transformers(spec, module.train(), key) if spec.hf is not None else Built(module.train(), key, False)
+
+
+def _from_transformers(spec: ModelSpec, module: nn.Module, key: str) -> Built:
+    transformers = _import_transformers()
+    name, config = type(module).__name__, getattr(module, "config", None)
+    _check_inputs(spec, module, name)
+    attends = any("Attention" in type(part).__name__ for part in module.modules())
+    eager = attends and getattr(config, "_attn_implementation", None) == "eager"
+    return Built(
+        module,
+        key,
+        hugging_face=True,
+        attention="eager" if eager else "none",
+        warnings=tuple(_warnings(spec, module, name, eager, transformers.__version__)),
+    )
+
+
+_OF_TOKENS = {"input_ids", "labels", "shift_labels", "position_ids", "attention_mask"}
+
+
+def _warnings(spec: ModelSpec, module: nn.Module, name: str, eager: bool, version: str) -> Iterator[str]:
+    """What is assumed of a model where the one that runs may differ."""
+    config = getattr(module, "config", None)
+    if eager:
+        yield (
+            f"{name} runs eager attention: it makes and keeps scores of sequence length squared. transformers "
+            f"{version} has no fused attention for it, or the configuration asks for eager"
+        )
+    if getattr(module, "_is_stateful", False):
+        yield (
+            f"{name} is measured as transformers writes it in PyTorch; where packages with kernels of its own are "
+            "installed (mamba-ssm, causal-conv1d), it runs faster and keeps less than that"
+        )
+    if "position_ids" in spec.inputs:
+        yield (
+            "position_ids are taken to count up without restarts; where they restart (packed sequences), transformers "
+            "makes a mask of sequence length squared, which is not measured"
+        )
+    if spec.inputs.keys() <= _OF_TOKENS and (hasattr(config, "vision_config") or hasattr(config, "audio_config")):
+        yield f"{name} also takes images or sound, which model.inputs does not name: it is measured on tokens alone"
+    if hasattr(config, "quantization_config"):
+        yield "quantization_config of the configuration is passed over: weights are built and trained unquantised"
+
+
+def _check_inputs(spec: ModelSpec, module: nn.Module, name: str) -> None:
+    """Refuses a model that takes more than tokens, or something else, where the job does not say what."""
+    main = getattr(module, "main_input_name", "input_ids")
+    both = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    if spec.inputs or (main == "input_ids" and not both):
+        return
+    takes = f"{main} rather than input_ids" if main != "input_ids" else "targets as well as input_ids"
+    hint = f"with `loss: model`: model.inputs: {{{main}: {main}, labels: targets}}"
+    if main != "input_ids":
+        hint += f", and data.dataset, a function that returns samples with {main} and targets"
+    raise InputError(Diagnostic(key="model.inputs", message=f"{name} takes {takes}", suggestion=hint))
+
+
+def shifts_labels(built: Built) -> bool:
+    """Whether the model's own loss is `ForCausalLMLoss` of Hugging Face, which shifts `labels` by one
+    (transformers.loss.loss_utils)."""
+    if not built.hugging_face:
+        return False
+    from transformers.models.auto import modeling_auto as names
+
+    mappings = (names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return any(built.name == name for mapping in mappings for name in mapping.values())
 
 
 def _check_tensors(module: nn.Module, key: str) -> None:
@@ -130,7 +199,7 @@ def _import_transformers() -> Any:
 
 
 def _make_config(transformers: Any, content: dict[str, Any]) -> Any:
-    """The configuration object, without a key-value cache and with PyTorch's own attention."""
+    """The configuration object, without a key-value cache."""
     known = transformers.CONFIG_MAPPING
     model_type = content.get("model_type")
     if model_type not in known:
@@ -141,7 +210,7 @@ def _make_config(transformers: Any, content: dict[str, Any]) -> Any:
         hint = f"did you mean {close[0]!r}?" if close else ""
         raise InputError(Diagnostic(key="model.hf", message=message, suggestion=hint))
     try:
-        return known[model_type].from_dict({**content, "use_cache": False, "attn_implementation": "sdpa"})
+        return known[model_type].from_dict({**content, "use_cache": False})
     except Exception as error:
         message = f"transformers refuses the configuration: {type(error).__name__}: {error}"
         raise InputError(Diagnostic(key="model.hf", message=message)) from error
@@ -149,17 +218,13 @@ def _make_config(transformers: Any, content: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Keeps the Hugging Face hub out, also where a configuration names something to fetch, and its advice on unusual
-    numbers off the terminal."""
+    """Keeps the Hugging Face hub out, also where a configuration names something to fetch."""
     before = os.environ.get("HF_HUB_OFFLINE")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
-        logger.setLevel(level)
         if before is None:
             del os.environ["HF_HUB_OFFLINE"]
         else:

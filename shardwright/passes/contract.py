@@ -8,8 +8,9 @@ be learnt. `model.inputs` maps arguments of `forward` to fields of the batch; wi
 - `loss: next_token`: forward returns logits of shape (micro-batch, sequence, vocabulary), as a tensor or as `.logits`.
   The loss is their cross-entropy in fp32, summed over the targets that are not -100.
 - `loss: model`: forward returns the mean loss over its unmasked targets, as a scalar or as `.loss`; so `model.inputs`
-  names the argument that takes them. Hugging Face models shift `labels` by one themselves, which is once too often for
-  `targets`: they take `shift_labels: targets` beside `labels: targets`.
+  names the argument that takes them. Causal language models of Hugging Face shift `labels` by one themselves, which
+  is once too often for `targets`: they take `shift_labels: targets` beside `labels: targets`. The others (masked
+  language models, encoder-decoders, classifiers) take `labels: targets`.
 - `loss: module:function`: called as f(output, batch), returns the sum over the unmasked targets.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from shardwright.passes.build import Built
+from shardwright.passes.build import Built, shifts_labels
 from shardwright.passes.imports import UserCode
 from shardwright.passes.untyped import DispatchMode
 from shardwright.schemas.diagnostics import Diagnostic, InputError
@@ -85,8 +86,8 @@ def make_contract(job: JobSpec, built: Built, code: UserCode) -> Contract:
                 )
             )
     shifted_twice = inputs.get("labels") == "targets" and inputs.get("shift_labels") != "targets"
-    if built.hugging_face and job.model.loss == "model" and shifted_twice:
-        message = "Hugging Face models shift `labels` by one, and `targets` are shifted already"
+    if shifted_twice and job.model.loss == "model" and shifts_labels(built):
+        message = f"{built.name} shifts `labels` by one, and `targets` are shifted already"
         hint = "use `loss: next_token`, or add `shift_labels: targets`"
         raise InputError(Diagnostic(key="model.inputs.labels", message=message, suggestion=hint))
     if job.data.validation_dataset is not None:
@@ -119,7 +120,8 @@ def _fields(job: JobSpec, code: UserCode) -> dict[str, Field]:
     tokens = fields.get("input_ids")
     if tokens is not None and tokens.shape != (length,):
         message = f"input_ids of the first sample have shape {tokens.shape}, train.sequence_length is {length}"
-        raise InputError(Diagnostic(key="data.dataset", message=message))
+        hint = f"write train.sequence_length: {tokens.shape[0]}" if len(tokens.shape) == 1 else ""
+        raise InputError(Diagnostic(key="data.dataset", message=message, suggestion=hint))
     return fields
 
 

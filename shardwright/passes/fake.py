@@ -15,12 +15,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shardwright.passes.grouped import correct_grouped_mm
+
 _REGISTRIES = ("_parameters", "_buffers")
 _INTERNALS = frozenset((*_REGISTRIES, "_modules"))
 
 
 def fake_mode() -> FakeTensorMode:
     """A mode in which tensors are fake; real ones that a model keeps in a global are taken in as they are met."""
+    correct_grouped_mm()
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

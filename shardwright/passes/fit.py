@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from shardwright.passes.record import Event
-from shardwright.schemas.profile import Affine, Kind, Operator, Phase
+from shardwright.schemas.profile import Affine, Operator, Phase
 
 _Shapes = tuple[tuple[int, ...], ...]
+_Key = tuple[object, ...]
+_NOTHING = Affine(0, 0)
 
 
 class NotAffine(Exception):
@@ -28,9 +30,18 @@ def fit(values: Sequence[int], what: str) -> Affine:
 def fit_peak(rises: Sequence[Sequence[int]], phase: str) -> Affine:
     """A line above every moment's line, at least 0: exact if one moment is the highest at every micro-batch, otherwise
     exact at micro-batch 1 and with the steepest moment's slope."""
+    return highest([Affine(0, 0), *fit_moments(rises, phase)])
+
+
+def fit_moments(rises: Sequence[Sequence[int]], phase: str) -> list[Affine]:
+    """The line of each moment."""
     if len({len(moments) for moments in rises}) > 1:
         raise NotAffine(f"{phase} makes more allocations at one micro-batch than at another")
-    lines = [Affine(0, 0), *(fit(moment, f"the bytes alive in {phase} are") for moment in zip(*rises, strict=True))]
+    return [fit(moment, f"the bytes alive in {phase} are") for moment in zip(*rises, strict=True)]
+
+
+def highest(lines: Sequence[Affine]) -> Affine:
+    """The line that `fit_peak` takes for these moments."""
     slope = max(line.slope for line in lines)
     return Affine(max(line.at(1) for line in lines) - slope, slope)
 
@@ -68,17 +79,32 @@ def labels(backward: Sequence[Event], input_only: Sequence[Event]) -> list[_Labe
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The operators of a unit, equal ones merged."""
+
+    operators: tuple[Operator, ...]
+    of_forward: tuple[int, ...]
+    """The operator that each event of forward belongs to."""
+
+
 def operators(
-    forward: Sequence[Sequence[Event]], backward: Sequence[Sequence[Event]], input_only: Sequence[Event]
-) -> tuple[Operator, ...]:
-    """The operators of a unit from its events at each micro-batch, equal ones merged."""
-    merged: dict[tuple[object, ...], Operator] = {}
-    for events in _aligned(forward, "forward"):
-        _merge(merged, "forward", events, Fraction(1))
+    forward: Sequence[Sequence[Event]],
+    backward: Sequence[Sequence[Event]],
+    input_only: Sequence[Event],
+    results: Sequence[tuple[Affine, Affine]] = (),
+) -> Merged:
+    """The operators of a unit from its events at each micro-batch. `results` are, of every event of forward,
+    `Operator.results` and `Operator.kept`."""
+    merged: dict[_Key, Operator] = {}
+    aligned = _aligned(forward, "forward")
+    for events, (made, kept) in zip(aligned, results or [(_NOTHING, _NOTHING)] * len(aligned), strict=True):
+        _merge(merged, events[0], _operator("forward", events, Fraction(1), made, kept))
     for events, division in zip(_aligned(backward, "backward"), labels(backward[0], input_only), strict=True):
         for phase, share in division.phases():
-            _merge(merged, phase, events, share)
-    return tuple(merged.values())
+            _merge(merged, events[0], _operator(phase, events, share, _NOTHING, _NOTHING))
+    places = {key: at for at, key in enumerate(merged)}
+    return Merged(tuple(merged.values()), tuple(places[_key("forward", events[0])] for events in aligned))
 
 
 def _aligned(runs: Sequence[Sequence[Event]], phase: str) -> list[tuple[Event, ...]]:
@@ -88,36 +114,40 @@ def _aligned(runs: Sequence[Sequence[Event]], phase: str) -> list[tuple[Event, .
     return list(zip(*runs, strict=True))
 
 
-def _merge(merged: dict[tuple[object, ...], Operator], phase: Phase, events: Sequence[Event], share: Fraction) -> None:
+def _operator(phase: Phase, events: Sequence[Event], share: Fraction, results: Affine, kept: Affine) -> Operator:
     first = events[0]
     what = f"{first.name} in {first.module or 'the unit itself'}"
-    kind: Kind = first.kind
-    operator = Operator(
+    return Operator(
         name=first.name,
         module=first.module,
         phase=phase,
-        kind=kind,
+        kind=first.kind,
         count=1,
         flops=fit([int(event.flops * share) for event in events], f"the FLOPs of {what} are"),
         bytes=fit([int(event.bytes * share) for event in events], f"the bytes moved by {what} are"),
         shapes=_shapes_at_one(events[0].shapes, events[1].shapes),
         dtype=first.dtype,
+        results=results,
+        kept=kept,
     )
-    key = (first.name, first.module, phase, first.shapes, first.dtype)
-    same = merged.get(key)
-    if same is not None:
-        operator = Operator(
-            name=operator.name,
-            module=operator.module,
-            phase=phase,
-            kind=kind,
+
+
+def _key(phase: Phase, event: Event) -> _Key:
+    return event.name, event.module, phase, event.shapes, event.dtype
+
+
+def _merge(merged: dict[_Key, Operator], event: Event, one: Operator) -> None:
+    """Adds one call's operator to its equals."""
+    same = merged.setdefault(_key(one.phase, event), one)
+    if same is not one:
+        merged[_key(one.phase, event)] = replace(
+            one,
             count=same.count + 1,
-            flops=_sum(same.flops, operator.flops),
-            bytes=_sum(same.bytes, operator.bytes),
-            shapes=operator.shapes,
-            dtype=operator.dtype,
+            flops=_sum(same.flops, one.flops),
+            bytes=_sum(same.bytes, one.bytes),
+            results=_sum(same.results, one.results),
+            kept=_sum(same.kept, one.kept),
         )
-    merged[key] = operator
 
 
 def _shapes_at_one(two: _Shapes, three: _Shapes) -> _Shapes:

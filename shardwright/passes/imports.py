@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 
@@ -24,6 +25,7 @@ _VALUES = (
     "shardwright runs the model on tensors that have shapes but no values; decide by shapes and Python numbers, "
     "or compute on values with torch.where"
 )
+_INSTEAD = "; or name a function that is run in its place while it is measured: model.profile.forwards: {{{}: model:f}}"
 _HINTS = {
     "DataDependentOutputException": _VALUES,
     "DynamicOutputShapeException": _VALUES,
@@ -40,6 +42,7 @@ class NotTheUsers(Exception):
 
 
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
+_OURS = frozenset(("torch", "shardwright"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +65,32 @@ class UserCode:
         return [module for _, module in loaded if self.owns(getattr(module, "__file__", None))]
 
     def where(self, error: BaseException) -> str:
-        """The last place of a traceback that lies in the user's code, as ` (model.py:12, in forward)`, or nothing."""
+        """The last place of a traceback that lies in the user's code, or else in another package's that is neither
+        torch nor shardwright, as ` (model.py:12, in forward)`, or nothing."""
         if isinstance(error, SyntaxError) and self.owns(error.filename):
             return f" ({self.relative(str(error.filename))}:{error.lineno})"
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if self.owns(frame.filename)]
-        if not frames:
-            return ""
-        last = frames[-1]
-        return f" ({self.relative(last.filename)}:{last.lineno}, in {last.name})"
+        frames = [(at.filename, at.lineno or 0, at.name) for at in traceback.extract_tb(error.__traceback__)]
+        users = [frame for frame in frames if self.owns(frame[0])]
+        places = [place for frame in users or frames if (place := self.place(frame))]
+        return places[-1] if places else ""
+
+    def place(self, frame: tuple[str, int, str]) -> str:
+        """File, line and function as ` (model.py:12, in forward)`; nothing for torch's files and our own."""
+        file, line, function = frame
+        if self.owns(file):
+            return f" ({self.relative(file)}:{line}, in {function})"
+        parts = Path(file).parts
+        anothers = _INSTALLED.intersection(parts) and not _OURS.intersection(parts)
+        return f" ({parts[-1]}:{line}, in {function})" if anothers else ""
 
     def relative(self, file: str) -> str:
         """A file's path from the job's folder, with forward slashes."""
         return Path(file).resolve().relative_to(self.folder).as_posix()
 
     @contextlib.contextmanager
-    def running(self, key: str, doing: str) -> Iterator[None]:
-        """Turns what the user's code raises inside into an InputError for this key of the job. What it prints goes to
-        stderr."""
+    def running(self, key: str, doing: str, model: nn.Module | None = None) -> Iterator[None]:
+        """Turns what the user's code raises inside into an InputError for this key of the job, which names the module
+        of `model` that was running. What it prints goes to stderr."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
@@ -86,8 +98,10 @@ class UserCode:
             raise
         except (Exception, SystemExit) as error:
             name = type(error).__name__
-            message = f"{doing} failed: {name}: {_first_line(error)}{self.where(error)}"
+            path, inside = _module_of(error, model)
+            message = f"{doing}{inside} failed: {name}: {_first_line(error)}{self.where(error)}"
             hint = next((text for sign, text in _HINTS.items() if sign in f"{name}: {error}"), "")
+            hint += _INSTEAD.format(path) if path and hint else ""
             raise InputError(Diagnostic(key=key, message=message, suggestion=hint)) from error
 
     def load(self, import_path: str, key: str) -> Callable[..., Any]:
@@ -115,6 +129,18 @@ class UserCode:
                 )
             )
         return function  # type: ignore[no-any-return]
+
+
+def _module_of(error: BaseException, model: nn.Module | None) -> tuple[str, str]:
+    """Path of the innermost module that was running when an error was raised, and what to say of it, as
+    ` of module blocks.0.up (Linear)`. Both are empty if it cannot be told."""
+    paths = {id(module): path for path, module in model.named_modules()} if model is not None else {}
+    running = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = [module for module in running if isinstance(module, nn.Module) and id(module) in paths]
+    if not inside:
+        return "", ""
+    path, name = paths[id(inside[-1])], type(inside[-1]).__name__
+    return path, f" of module {path} ({name})" if path else f" of the model ({name})"
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -19,13 +19,13 @@ LARGE = 10**9
 
 
 def decide_init(spec: ModelSpec, built: Built, code: UserCode) -> Literal["constructor", "modules"]:
-    """The way that `model.init` asks for. Raises InputError if the modules are to initialise themselves and a
-    parameter is left out."""
-    chosen = spec.init
+    """The way that `model.init` asks for; weights that are loaded need no initialiser, and no whole model before them.
+    Raises InputError if the modules are to initialise themselves and a parameter is left out."""
+    chosen, loads = spec.init, spec.weights != "random"
     if chosen == "auto":
         large = sum(parameter.numel() for parameter in built.module.parameters()) > LARGE
-        chosen = "modules" if built.hugging_face or large else "constructor"
-    if chosen == "modules" and not built.hugging_face:
+        chosen = "modules" if built.hugging_face or large or loads else "constructor"
+    if chosen == "modules" and not built.hugging_face and not loads:
         _check_initialisers(built.module, code)
     return chosen
 

@@ -5,11 +5,14 @@ Which attention kernel runs decides whether a score matrix of sequence length sq
 PyTorch's own (`sdp_utils.cpp` and `attention.cpp` under aten/src/ATen/native/transformers, torch 2.13):
 
 - `flash`: 16-bit operands, no mask, query, key and value heads of one size up to 256 (padded to a multiple of 8),
-  equal lengths if causal. Fewer key heads than query heads are fine.
-- `efficient`: else, if there are as many key heads as query heads and their size is a multiple of 4 (8 for 16 bit).
+  equal lengths if causal. Fewer key heads than query heads are fine with `enable_gqa`.
+- `efficient`: else, if there are as many key heads as query heads and their sizes are multiples of 4 (8 for 16 bit);
+  value heads may have another size (multi-head latent attention). A Boolean mask is turned into one of the query's
+  dtype, once in every call, and kept; its rows are padded to a multiple of 8 elements.
 - `math`: else. The score matrix is made and saved.
 
-On recent NVIDIA devices PyTorch may put cuDNN's kernel before flash; it saves the same tensors.
+On compute capability 9.0 and 10.0 with cuDNN above 9.15, PyTorch puts cuDNN's kernel before both; it saves the same
+tensors. What transformers calls `eager` is attention by products and a softmax of the model's own.
 On the CPU, what the installed PyTorch chooses is traced as it is: `cpu-flash`, or `math` with dropout.
 
 [Note: fused norms and dropout]
@@ -20,6 +23,7 @@ keeps several tensors of the input's size). Sources: Dropout.cpp, layer_norm.cpp
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from shardwright.passes.recurrent import recurrent_layers
 from shardwright.passes.untyped import DispatchMode, apply
 from shardwright.schemas.cluster import DeviceKind
 
@@ -91,17 +96,28 @@ class _FusedNorm(Function):
         )
 
 
-def attention_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masked: bool, causal: bool) -> str:
-    """The kernel that PyTorch takes on CUDA for these operands ([Note: attention kernel])."""
+def attention_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masked: bool, causal: bool, grouped: bool = False
+) -> str:
+    """The kernel that PyTorch takes on CUDA for these operands ([Note: attention kernel]); `grouped`: `enable_gqa`."""
     half = query.dtype in _HALF
     size = query.shape[-1]
     one_size = size == key.shape[-1] == value.shape[-1]
-    if half and not masked and one_size and size <= 256 and not (causal and query.shape[-2] != key.shape[-2]):
+    one_count = query.shape[-3] == key.shape[-3] == value.shape[-3]
+    square = query.shape[-2] == key.shape[-2] or not causal
+    if half and not masked and one_size and size <= 256 and square and (one_count or grouped):
         return "flash"
     aligned = all(tensor.shape[-1] % (8 if half else 4) == 0 for tensor in (query, value))
-    if size == key.shape[-1] and aligned and query.shape[-3] == key.shape[-3] == value.shape[-3]:
-        return "efficient"
-    return "math"
+    return "efficient" if size == key.shape[-1] and aligned and one_count else "math"
+
+
+def _efficient_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """An additive mask as the efficient kernel gets it: rows a multiple of 8 elements apart, then expanded
+    (`preprocess_mask` in attention.cpp)."""
+    length = int(key.shape[-2])
+    if mask.stride()[-1] != 1 or any(step % 8 for step in mask.stride()[:-1]):
+        mask = F.pad(mask, (0, 8 - length % 8))[..., :length]
+    return mask.expand(*query.shape[:-1], length)
 
 
 class _Cuda:
@@ -122,7 +138,7 @@ class _Cuda:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        kernel = attention_kernel(query, key, value, attn_mask is not None, is_causal)
+        kernel = attention_kernel(query, key, value, attn_mask is not None, is_causal, enable_gqa)
         self.attention.add(kernel)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if kernel == "flash":
@@ -131,13 +147,13 @@ class _Cuda:
             output = _aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, False, scale=scale)[0]
             return output[..., :size]  # type: ignore[no-any-return]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)
+            attn_mask = torch.where(attn_mask, 0.0, torch.full((), float("-inf"), dtype=query.dtype))
         if kernel == "math":
             operands = (query, key, value, attn_mask, dropout_p, is_causal)
             math = _aten._scaled_dot_product_attention_math(*operands, scale=scale, enable_gqa=enable_gqa)
             return math[0]  # type: ignore[no-any-return]
         if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+            attn_mask = _efficient_mask(attn_mask, query, key)
         keep = any(tensor.requires_grad for tensor in (query, key, value))
         efficient = _aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, keep, dropout_p, is_causal, scale=scale
@@ -205,15 +221,17 @@ _DEVICES: dict[DeviceKind, type[_Cuda] | type[_Cpu]] = {"cuda": _Cuda, "cpu": _C
 
 
 @contextmanager
-def kernels_of(kind: DeviceKind, user_modules: Iterable[ModuleType]) -> Iterator[set[str]]:
+def kernels_of(kind: DeviceKind, user_modules: Iterable[ModuleType], *, fused_norms: bool = True) -> Iterator[set[str]]:
     """While open, `torch.nn.functional` (and names that the user's modules imported from it) runs the kernels that a
     device of this kind would take, and Hugging Face models see no tracing. Yields the attention kernels taken so far.
-    Everything is put back afterwards."""
+    Everything is put back afterwards. Without `fused_norms` normalisations stay as they are, for a compiler to take
+    apart."""
     replaced = [name for name in vars(_DEVICES[kind]) if not name.startswith("_")]
+    replaced = [name for name in replaced if fused_norms or not name.endswith("_norm")]
     originals = {name: getattr(F, name) for name in replaced}
     device = _DEVICES[kind](originals)
     substitutes = {originals[name]: getattr(device, name) for name in replaced}
-    with _replaced([F, *user_modules], substitutes), _hugging_face_eager():
+    with _replaced([F, *user_modules], substitutes), _hugging_face_eager(), recurrent_layers():
         yield device.attention
 
 
@@ -244,6 +262,19 @@ def _hugging_face_eager() -> Iterator[None]:
     before = masking.find_packed_sequence_indices
     masking.find_packed_sequence_indices = lambda *_, **__: None  # type: ignore[attr-defined]
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
         masking.find_packed_sequence_indices = before  # type: ignore[attr-defined]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps the advice of transformers (unusual numbers, packages that would be faster) off the terminal."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -3,8 +3,9 @@
 [Note: known operators]
 An operator is priced if PyTorch's own FLOP counter has a formula for it (`torch.utils.flop_counter`, torch 2.13), if it
 is named in `EXTRA_FLOPS`, or if it only moves data: it is tagged pointwise, a reduction or random in PyTorch's operator
-registry, or named in `DATA_MOVEMENT`. Any other operator that takes a parameter could hide a matrix product (a fused
-LSTM does), so the profile is refused rather than silently short of it.
+registry, or named in `DATA_MOVEMENT` or in the job (`model.profile.moves_data`). Any other operator could hide a
+matrix product (a fused LSTM does): where it takes a parameter, the profile is refused rather than silently short of it;
+where it takes activations only, the profile carries a warning. Work on integers and Booleans alone is never FLOPs.
 """
 
 from __future__ import annotations
@@ -17,36 +18,35 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from shardwright.passes.grouped import GROUPED_FLOPS
+from shardwright.passes.recurrent import RECURRENT_FLOPS
 from shardwright.schemas.profile import Kind
 
 FlopFormula = Callable[..., int]
 
-DATA_MOVEMENT = frozenset(
-    {"_to_copy", "cat", "constant_pad_nd", "copy_", "flip", "repeat", "repeat_interleave", "roll", "stack", "unfold"}
-    | {"embedding", "embedding_dense_backward", "embedding_renorm_", "gather", "index", "index_select", "take"}
-    | {
-        "index_add",
-        "index_copy",
-        "index_put",
-        "index_put_",
-        "scatter",
-        "scatter_add",
-        "select_scatter",
-        "slice_scatter",
-    }
-    | {"as_strided_scatter", "diagonal_scatter", "select_backward", "slice_backward", "diag_embed", "tril", "triu"}
-    | {"native_layer_norm", "native_layer_norm_backward", "native_group_norm", "native_group_norm_backward"}
-    | {"native_batch_norm", "native_batch_norm_backward", "_native_batch_norm_legit", "fused_norm"}
-    | {"fused_norm_backward", "_weight_norm_interface", "_weight_norm_interface_backward", "renorm"}
-    | {"_softmax", "_safe_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "logsumexp"}
-    | {"cumsum", "sort", "topk", "glu", "glu_backward", "fill_", "zero_", "full_like", "ones_like", "zeros_like"}
-    | {"new_full", "new_ones", "new_zeros", "nll_loss_forward", "nll_loss_backward"}
-)
-"""Operators whose time is that of moving their operands; their arithmetic is not counted, as in the FLOP counter."""
+_MOVING = """
+    to_copy cat constant_pad_nd copy flip repeat repeat_interleave roll rot90 stack unfold im2col col2im pixel_shuffle
+    pixel_unshuffle channel_shuffle tril triu diag_embed diagonal slice select as_strided_scatter diagonal_scatter
+    select_scatter slice_scatter
+    embedding embedding_dense embedding_renorm embedding_bag gather index index_select take index_add index_copy
+    index_fill index_put scatter scatter_add scatter_reduce masked_scatter put grid_sampler_2d grid_sampler_3d
+    native_layer_norm native_group_norm native_batch_norm native_batch_norm_legit batch_norm batch_norm_with_update
+    fused_rms_norm fused_norm weight_norm_interface renorm
+    softmax safe_softmax masked_softmax log_softmax logsumexp logcumsumexp cumsum cumprod cummax cummin
+    sort topk kthvalue histc bucketize searchsorted prelu_kernel glu lerp linspace arange
+    fill zero full ones zeros full_like ones_like zeros_like new_full new_ones new_zeros scalar_tensor
+    nll_loss nll_loss_forward nll_loss2d nll_loss2d_forward mse_loss smooth_l1_loss huber_loss soft_margin_loss
+    binary_cross_entropy kl_div value_selecting_reduction
+"""
+DATA_MOVEMENT = frozenset(_MOVING.split())
+"""Operators whose time is that of moving their operands; their arithmetic is not counted, as in the FLOP counter. Each
+name also stands for its in-place, private and backward forms (`index_put_`, `_softmax_backward_data`)."""
 
+_POOLING = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "fractional_max_pool")
+_FAMILIES = (*_POOLING, "upsample_", "reflection_pad", "replication_pad")
 _NO_WORK = frozenset(
     {"_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_permuted", "empty_strided"}
-    | {"new_empty", "new_empty_strided"}
+    | {"new_empty", "new_empty_strided", "unsafe_split", "unsafe_split_with_sizes"}
 )
 _READS_ROWS = frozenset({"embedding", "gather", "index", "index_select", "take"})
 _MOVING_TAGS = (torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.nondeterministic_seeded)
@@ -91,6 +91,8 @@ EXTRA_FLOPS: Mapping[str, FlopFormula] = {
     "convolution_backward": _convolution_backward,
     "_scaled_dot_product_flash_attention_for_cpu": _cpu_flash,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_flash_backward,
+    **GROUPED_FLOPS,
+    **RECURRENT_FLOPS,
 }
 """Formulas that the FLOP counter of torch 2.13 lacks, two FLOPs a multiply-add as there; and the backward of a
 convolution, each of whose two halves does the work of forward: the counter has too much for more than one group."""
@@ -100,7 +102,10 @@ convolution, each of whose two halves does the work of forward: the counter has 
 class Operation:
     """What is known of one operator overload."""
 
+    qualified_name: str
+    """With its namespace, as `aten::mm`."""
     name: str
+    """Without it, for PyTorch's own and ours."""
     kind: Kind
     works: bool
     """False for views and bare allocations, which launch nothing."""
@@ -115,15 +120,21 @@ class Operation:
     """Reads only as many rows of its table as it returns."""
 
 
-@cache
 def operation(overload: torch._ops.OpOverload) -> Operation:
     """Looks an overload up in the tables."""
-    name = overload._schema.name.split("::")[1]
-    formula = EXTRA_FLOPS.get(name) or flop_registry.get(overload._overloadpacket)
+    return _operation(overload, flop_registry.get(overload._overloadpacket))
+
+
+@cache
+def _operation(overload: torch._ops.OpOverload, registered: FlopFormula | None) -> Operation:
+    namespace, name = overload._schema.name.split("::")
+    name = name if namespace in ("aten", "shardwright") else overload._schema.name
+    formula = EXTRA_FLOPS.get(name) or registered
     arguments = [argument.name for argument in overload._schema.arguments]
     attention = "scaled_dot_product" in name or "attention_forward" in name or "attention_backward" in name
-    moves = name in DATA_MOVEMENT or name in _NO_WORK or any(tag in overload.tags for tag in _MOVING_TAGS)
+    moves = name in _NO_WORK or ("::" not in name and _only_moves_data(overload, name))
     return Operation(
+        qualified_name=overload._schema.name,
         name=name,
         kind="attention" if attention else "matmul" if formula else "elementwise",
         works=not (overload.is_view or name in _NO_WORK),
@@ -133,6 +144,16 @@ def operation(overload: torch._ops.OpOverload) -> Operation:
         causal_at=arguments.index("is_causal") if "is_causal" in arguments else None,
         reads_rows=name in _READS_ROWS,
     )
+
+
+def _only_moves_data(overload: torch._ops.OpOverload, name: str) -> bool:
+    """Whether an operator, or the one that it is the backward of, is tagged or named as one that only moves data."""
+    base = name.removesuffix("_").removesuffix("_data").removesuffix("_backward").lstrip("_")
+    if base in DATA_MOVEMENT or base.startswith(_FAMILIES):
+        return True
+    forward = getattr(torch.ops.aten, base, None)
+    overloads = [overload, *(getattr(forward, each) for each in (forward.overloads() if forward else ()))]
+    return "rnn" not in base and any(tag in each.tags for each in overloads for tag in _MOVING_TAGS)
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:

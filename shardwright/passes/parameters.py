@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from shardwright.passes.build import Built
+from shardwright.passes.flow import Flow
+from shardwright.passes.tensor_parallel import Division
 from shardwright.schemas.diagnostics import Diagnostic, InputError
-from shardwright.schemas.profile import Parameter, Unit
+from shardwright.schemas.profile import Parameter, Role, Unit
 
 ROOT = -1
 
@@ -42,9 +45,41 @@ def collect_parameters(built: Built, units: Sequence[Unit]) -> tuple[Parameter, 
                 trainable=parameter.requires_grad,
                 unit=unit,
                 also=tuple(others),
+                dtype=str(parameter.dtype).removeprefix("torch."),
             )
         )
     return tuple(parameters)
+
+
+def with_roles(
+    parameters: Sequence[Parameter], flow: Flow, divided: Mapping[str, Division], reason: str
+) -> tuple[Parameter, ...]:
+    """The parameters with what they do and how tensor parallelism would divide them. A block has the roles of the first
+    one that is equal to it. `reason` says why there is no division of a parameter that is used."""
+    result = []
+    for parameter in parameters:
+        names = [_first_like(name, flow.like) for name in (parameter.name, *parameter.also)]
+        role: Role = next((flow.roles[name] for name in names if name in flow.roles), "unused")
+        missing = Division("unknown", reason=reason) if role != "unused" else Division()
+        division = next((divided[name] for name in names if name in divided), missing)
+        result.append(
+            replace(
+                parameter,
+                role=role,
+                tensor_parallel=division.role,
+                tensor_parallel_dim=division.dim,
+                tensor_parallel_units=division.units,
+                tensor_parallel_parts=division.parts,
+                tensor_parallel_reason=division.reason,
+            )
+        )
+    return tuple(result)
+
+
+def _first_like(name: str, like: Mapping[str, str]) -> str:
+    """The parameter's name in the block that stands for its own."""
+    block = _block_of(name, like)
+    return like[block] + name.removeprefix(block) if block else name
 
 
 def buffer_bytes(module: nn.Module) -> int:
@@ -59,8 +94,8 @@ def _names(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _block_of(name: str, unit_of: dict[str, int]) -> str:
+def _block_of(name: str, blocks: Container[str]) -> str:
     """Path of the block that a parameter lies in; empty outside all blocks."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if prefix in unit_of), "")
+    return next((prefix for prefix in prefixes if prefix in blocks), "")

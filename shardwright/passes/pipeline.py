@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import networkx as nx
 from torch import nn
 
 from shardwright.passes.blocks import Block
 from shardwright.passes.build import Built, build_model
 from shardwright.passes.contract import Contract, make_contract
+from shardwright.passes.cuts import inner_cuts
 from shardwright.passes.fit import NotAffine
-from shardwright.passes.graph import find_cuts
+from shardwright.passes.flow import Flow
+from shardwright.passes.graph import Exported, divide, export, make_graph
 from shardwright.passes.imports import UserCode, user_code
 from shardwright.passes.initialise import decide_init
-from shardwright.passes.parameters import buffer_bytes, collect_parameters
+from shardwright.passes.parameters import buffer_bytes, collect_parameters, with_roles
+from shardwright.passes.recurrent import recurrent_warnings
 from shardwright.passes.serialise import digest
 from shardwright.passes.sources import elsewhere, local_sources, packages
 from shardwright.passes.step_run import EMBEDDING, StepRun
 from shardwright.passes.trace import Tracer
 from shardwright.passes.units import make_units
+from shardwright.passes.unpriced import ledger
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
-from shardwright.schemas.profile import Affine, ComputeDtypeName, Cut, ModelProfile, Parameter, Unit
+from shardwright.schemas.profile import Affine, ComputeDtypeName, Cut, Edge, ModelProfile, Parameter, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +39,20 @@ class Work:
     job: JobSpec
     code: UserCode
     dtypes: tuple[ComputeDtypeName, ...]
+    compiled: bool = False
+    """Whether the blocks are also profiled as `torch.compile` makes them."""
     built: Built = field(default_factory=lambda: Built(nn.Module(), "", False))
     contract: Contract | None = None
     blocks: tuple[Block, ...] = ()
+    draw: float = 0.0
+    """What Python's random numbers are taken to be ([Note: draws])."""
     traces: Mapping[ComputeDtypeName, Sequence[StepRun]] | None = None
     attention: Mapping[ComputeDtypeName, str] | None = None
     units: tuple[Unit, ...] = ()
     parameters: tuple[Parameter, ...] = ()
+    flow: Flow | None = None
     cuts: tuple[Cut, ...] = ()
+    edges: tuple[Edge, ...] = ()
     init: Literal["constructor", "modules"] = "constructor"
     local_sources: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
@@ -54,23 +63,32 @@ class Work:
     def tracer(self) -> Tracer:
         """Traces the model under its contract."""
         assert self.contract is not None
-        return Tracer(self.built, self.contract, self.code, self.job.cluster.device.kind)
+        return Tracer(self.built, self.contract, self.code, self.job.cluster.device.kind, self.job.model.profile)
 
 
 def _build(work: Work) -> Work:
-    return replace(work, built=build_model(work.job.model, work.code))
+    built = build_model(work.job.model, work.code)
+    return replace(work, built=built, warnings=built.warnings)
 
 
 def _check_contract(work: Work) -> Work:
     contract = make_contract(work.job, work.built, work.code)
     work = replace(work, contract=contract)
-    return replace(work, blocks=work.tracer.choose_blocks())
+    chosen = work.tracer.choose_blocks()
+    return replace(work, blocks=chosen.blocks, draw=chosen.draw, warnings=(*work.warnings, *chosen.warnings))
 
 
 def _trace(work: Work) -> Work:
-    traced = {dtype: work.tracer.trace(work.blocks, dtype) for dtype in work.dtypes}
+    with ledger(work.job.model.profile.moves_data) as unpriced:
+        traced = {dtype: work.tracer.trace(work.blocks, dtype, work.draw) for dtype in work.dtypes}
+    first = traced[work.dtypes[0]][0][0]
     return replace(
         work,
+        warnings=(
+            *work.warnings,
+            *unpriced.warnings(work.built.module),
+            *recurrent_warnings(first.forward_operators()),
+        ),
         traces={dtype: steps for dtype, (steps, _) in traced.items()},
         attention={dtype: kernel for dtype, (_, kernel) in traced.items()},
     )
@@ -79,38 +97,58 @@ def _trace(work: Work) -> Work:
 def _make_units(work: Work) -> Work:
     assert work.traces is not None
     try:
-        return replace(work, units=make_units(work.traces))
+        classes = {block.path: type(block.module).__name__ for block in work.blocks}
+        units = make_units(work.traces)
+        named = (replace(unit, module=classes[unit.paths[0]]) if unit.paths else unit for unit in units)
+        return replace(work, units=tuple(named))
     except NotAffine as error:
         message = f"the cost of the model does not grow linearly with the micro-batch; {error}"
         hint = "let no branch, shape or loop of forward depend on the size of the first dimension"
         raise InputError(Diagnostic(key=work.built.key, message=message, suggestion=hint)) from error
 
 
+def _compile(work: Work) -> Work:
+    if not work.compiled:
+        return work
+    from shardwright.passes.compiled import compile_units  # imports inductor, which takes half a second
+
+    assert work.traces is not None
+    units, warnings = compile_units(work.tracer, work.blocks, work.draw, work.traces, work.units)
+    return replace(work, units=units, warnings=(*work.warnings, *warnings))
+
+
 def _collect_parameters(work: Work) -> Work:
     return replace(work, parameters=collect_parameters(work.built, work.units))
 
 
-def _find_cuts(work: Work) -> Work:
-    assert work.contract is not None
+def _follow_flow(work: Work) -> Work:
+    flow = work.tracer.watch_flow(work.blocks, work.draw)
+    return replace(work, flow=flow, cuts=flow.cuts, edges=flow.edges)
+
+
+def _find_roles(work: Work) -> Work:
+    """What parameters do, and how tensor parallelism would divide them: unknown where there is no graph."""
+    assert work.flow is not None
     try:
-        return replace(work, cuts=find_cuts(work.built, work.contract, work.units))
+        exported = _export(work)
     except Exception as error:  # whatever torch.export raises: its errors have no common class
         place = work.code.where(error)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warning = f"torch.export cannot trace the model{place}: {first}; cuts are taken at module boundaries"
-        return replace(work, cuts=_module_boundaries(work), warnings=(*work.warnings, warning))
+        reason = f"torch.export cannot trace the model{place}: {first}"
+        warning = f"{reason}; how tensor parallelism would divide it is unknown"
+        parameters = with_roles(work.parameters, work.flow, {}, reason)
+        return replace(work, parameters=parameters, warnings=(*work.warnings, warning))
+    divided = divide(exported, next_token=work.job.model.loss == "next_token")
+    parameters = with_roles(work.parameters, work.flow, divided, "the exported forward does not use it")
+    cuts = work.cuts if work.blocks else inner_cuts(make_graph(exported))
+    return replace(work, parameters=parameters, cuts=cuts)
 
 
-def _module_boundaries(work: Work) -> tuple[Cut, ...]:
-    """Cuts by what each block returns, where there is no graph to tell what else is alive."""
-    if not work.blocks or work.traces is None:
-        return ()
-    dtype = work.dtypes[0]
-    cuts = []
-    for unit in work.units[:-1]:
-        size = unit.costs[dtype].output.at(1)
-        cuts += [Cut(after=path, tensors=1, bytes=size) for path in unit.paths or (EMBEDDING,)]
-    return tuple(cuts)
+def _export(work: Work) -> Exported:
+    assert work.contract is not None
+    assert work.flow is not None
+    with work.tracer.as_forward_runs(work.draw):
+        return export(work.built, work.contract, work.flow.like)
 
 
 def _decide_init(work: Work) -> Work:
@@ -140,6 +178,7 @@ def _assemble(work: Work) -> Work:
         buffer_bytes=buffer_bytes(work.built.module),
         units=work.units,
         cuts=work.cuts,
+        edges=work.edges,
         attention=dict(work.attention),
         init=work.init,
         input_bytes=Affine(0, sample),
@@ -156,54 +195,52 @@ PASSES: tuple[Callable[[Work], Work], ...] = (
     _check_contract,
     _trace,
     _make_units,
+    _compile,
     _collect_parameters,
-    _find_cuts,
+    _follow_flow,
+    _find_roles,
     _decide_init,
     _find_sources,
     _assemble,
 )
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage is collected: reference cycles in the user's code then keep what they hold in every run alike, and the
-    collector does not walk the whole of torch again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def run_passes(job: JobSpec, folder: Path, dtypes: Sequence[ComputeDtypeName]) -> ModelProfile:
+def run_passes(
+    job: JobSpec, folder: Path, dtypes: Sequence[ComputeDtypeName], *, compiled: bool = False
+) -> ModelProfile:
     """Runs the passes in order and verifies what each returns."""
-    with user_code(folder) as code, _no_collection():
-        work = Work(job=job, code=code, dtypes=tuple(dtypes))
+    with user_code(folder) as code:
+        work = Work(job=job, code=code, dtypes=tuple(dtypes), compiled=compiled)
         for apply in PASSES:
-            work = apply(work)
-            verify(work)
+            before, work = work, apply(work)
+            verify(before, work)
     assert work.profile is not None
     return work.profile
 
 
-def verify(work: Work) -> None:
-    """What must hold after every pass; a failure is an error of ours."""
+def run_graph(job: JobSpec, folder: Path) -> nx.DiGraph[str]:
+    """The graph of a job's model."""
+    with user_code(folder) as code:
+        work = Work(job=job, code=code, dtypes=())
+        for apply in (_build, _check_contract, _follow_flow):
+            work = apply(work)
+        return make_graph(_export(work))
+
+
+def verify(before: Work, work: Work) -> None:
+    """What must hold after every pass of what it has changed; a failure is an error of ours."""
     paths = [path for unit in work.units for path in unit.paths]
     if work.units:
         assert paths == [block.path for block in work.blocks], "every block belongs to one unit, in order"
         assert [unit.kind for unit in work.units].count("head") == 1
-    for unit in work.units:
+    for unit in work.units if work.units is not before.units else ():
         assert set(unit.costs) == set(work.dtypes)
         for cost in unit.costs.values():
             amounts = [*cost.saved.values(), *cost.backward_peak.values(), cost.output, cost.forward_peak]
             assert all(amount.at(1) >= 0 and amount.slope >= 0 for amount in amounts), unit.paths
-    if work.parameters:
+    if work.parameters is not before.parameters:
         total = sum(parameter.numel() for parameter in work.built.module.parameters())
         assert sum(parameter.numel for parameter in work.parameters) == total, "every parameter counts once"
         assert all(-1 <= parameter.unit < len(work.units) for parameter in work.parameters)
-    if work.cuts:
+    if work.flow is not before.flow and paths:
         assert [cut.after for cut in work.cuts] == [EMBEDDING, *paths]
-    if work.profile is not None:
-        assert digest(work.profile) == work.profile.digest

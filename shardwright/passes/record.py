@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,20 +14,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwright.passes import operators
-from shardwright.passes.imports import NotTheUsers
 from shardwright.passes.operators import Operation
 from shardwright.passes.storages import Storages
+from shardwright.passes.unpriced import met_unpriced
 from shardwright.passes.untyped import DispatchMode
 from shardwright.schemas.profile import Kind
-
-
-class UnpricedOperator(NotTheUsers):
-    """An operator with a parameter as input whose work is unknown ([Note: known operators])."""
-
-    def __init__(self, operator: str, module: str) -> None:
-        self.operator = operator
-        self.module = module
-        super().__init__(f"operator {operator} in module {module or '(the model itself)'}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +36,10 @@ class Event:
     dtype: str
     node: int
     """Sequence number of the autograd node that runs it; -1 in forward."""
+    made: tuple[int, ...] = ()
+    """The new storages that it returns, by number."""
+    moments: int = 0
+    """Moments recorded until right after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +52,18 @@ class Moment:
     """Made in the region."""
     inputs: int
     """Made to enter a unit."""
+    in_loss: bool = False
+    """Whether what runs belongs to the loss, outside the model."""
+    gradients: int = 0
+    """In backward: elements of the region's parameters whose gradients exist by then."""
 
     def without(self, size: int) -> Moment:
         """The moment with so many bytes of its own less."""
-        return Moment(self.region, self.time, self.own - size, self.inputs)
+        return replace(self, own=self.own - size)
+
+    def with_gradient(self, elements: int) -> Moment:
+        """The moment with so many elements of parameter gradients more."""
+        return replace(self, gradients=self.gradients + elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +79,14 @@ class Recording:
         """Bytes alive beyond what was alive before the region, after each of its allocations. What other regions made
         is taken not to change meanwhile."""
         moments = [moment for moment in self.moments if moment.region == region]
-        before = self.entered[region].own + self.entered[region].inputs if moments else 0
-        return [moment.own + moment.inputs - before for moment in moments]
+        if not moments:
+            return []
+        entered = self.entered.get(region, moments[-1])
+        return [moment.own + moment.inputs - entered.own - entered.inputs for moment in moments]
+
+    def of(self, region: str) -> list[Moment]:
+        """The moments behind `rises`."""
+        return [moment for moment in self.moments if moment.region == region]
 
 
 class Recorder(DispatchMode):
@@ -92,9 +102,12 @@ class Recorder(DispatchMode):
         self._modules = [""]
         self._marks = [(0, "", region)]
         self._paused = self._in_backward = self._entering = False
+        self._loss_begins: int | None = None
         self._forced_region: str | None = None
         self._recording = Recording([], [], {})
         self._sums: dict[int, list[int]] = {}
+        self.overwritten: set[int] = set()
+        """Storages that an operator wrote into after they were made, by number."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -117,6 +130,10 @@ class Recorder(DispatchMode):
         self._modules.pop()
         self._marks.append((_next_node(), self._modules[-1], self._marks[-1][2]))
 
+    def enter_loss(self) -> None:
+        """The model has returned; from here on, operators of forward, and their autograd nodes, are the loss's."""
+        self._loss_begins = _next_node()
+
     def enter_region(self, region: str) -> None:
         """From here on, operators of forward belong to this region, and their autograd nodes with them."""
         self._marks.append((_next_node(), self._modules[-1], region))
@@ -125,6 +142,10 @@ class Recorder(DispatchMode):
     def rebase(self, region: str) -> None:
         """Peaks of the region count from the bytes alive when it next does something."""
         self._recording.entered.pop(region, None)
+
+    def is_paused(self) -> bool:
+        """Whether nothing is recorded now."""
+        return self._paused
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -157,11 +178,19 @@ class Recorder(DispatchMode):
         """Events and moments so far."""
         return len(self._recording.events), len(self._recording.moments)
 
+    def mark(self, region: str) -> None:
+        """Records the bytes alive now as a moment of their own."""
+        moment = self._moment(region)
+        self._recording.entered.setdefault(region, moment)
+        self._recording.moments.append(moment)
+        self.storages.time += 1
+
     def discount(self, recording: Recording, gradients: Iterable[torch.Tensor]) -> None:
         """Takes parameter gradients out of a recorded backward. Where a parameter is used twice, PyTorch adds the
         second gradient into the first (`InputBuffer::accumulate`), but makes a third of fake tensors: the first counts
         as the parameter's gradient from its beginning, the second is a temporary."""
-        todo = {number for tensor in gradients if (number := self.storages.number(tensor)) is not None}
+        width = {number: t.element_size() for t in gradients if (number := self.storages.number(t)) is not None}
+        todo = set(width)
         while todo:
             number = todo.pop()
             size, born = self.storages.size[number], self.storages.born[number]
@@ -174,7 +203,13 @@ class Recorder(DispatchMode):
                 if region == made_in and born < moment.time < died:
                     recording.entered[region] = moment.without(size)
             if number in self._sums:
-                todo.add(min(self._sums[number], key=lambda part: self.storages.born[part]))
+                first = min(self._sums[number], key=lambda part: self.storages.born[part])
+                todo.add(first)
+                width[first] = width[number]
+                continue
+            for index, moment in enumerate(recording.moments):
+                if moment.region == made_in and born <= moment.time:
+                    recording.moments[index] = moment.with_gradient(size // width[number])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,14 +220,15 @@ class Recorder(DispatchMode):
         if self._paused or func.namespace == "prim":
             return func(*args, **kwargs)
         module, region, node = self._place()
-        before = self._moment(region)
+        before = self._moment(region, node)
         result = func(*args, **kwargs)
         call = operators.operation(func)
         if call.works or call.allocates:
             self._recording.entered.setdefault(region, before)
             outputs = list(operators.tensors_in(result))
-            if call.allocates:
-                self._add(outputs, region)
+            made = self._add(outputs, region, node) if call.allocates else ()
+            for at, name in _written(func):
+                self._note_writing(args[at] if at < len(args) else kwargs.get(name))
             if call.works:
                 inputs = [*operators.tensors_in(args), *operators.tensors_in(tuple(kwargs.values()))]
                 if call.name == "add" and self._in_backward and len(inputs) == 2:
@@ -209,6 +245,8 @@ class Recorder(DispatchMode):
                     strides=tuple(tensor.stride() for tensor in inputs),
                     dtype=operators.operand_dtype(inputs, outputs),
                     node=node,
+                    made=made,
+                    moments=len(self._recording.moments),
                 )
                 self._recording.events.append(event)
         return result
@@ -222,15 +260,24 @@ class Recorder(DispatchMode):
         _, module, region = self._marks[bisect_right(self._marks, number, key=lambda mark: mark[0]) - 1]
         return module, self._forced_region or region, number
 
-    def _moment(self, region: str) -> Moment:
-        return Moment(region, self.storages.time, self.storages.live[region], self.storages.inputs_live)
+    def _moment(self, region: str, node: int = -1) -> Moment:
+        begins = self._loss_begins
+        in_loss = begins is not None and (node >= begins or not self._in_backward)
+        return Moment(region, self.storages.time, self.storages.live[region], self.storages.inputs_live, in_loss)
 
-    def _add(self, tensors: Sequence[torch.Tensor], region: str) -> None:
+    def _add(self, tensors: Sequence[torch.Tensor], region: str, node: int) -> tuple[int, ...]:
+        """Counts the storages that are new and returns their numbers."""
         forget = self._of_parameters.discard
-        new = [self.storages.add(tensor, region, self._entering, forget) for tensor in tensors]
-        if any(new):
-            self._recording.moments.append(self._moment(region))
+        numbers = [self.storages.add(tensor, region, self._entering, forget) for tensor in tensors]
+        new = tuple(number for number in numbers if number is not None)
+        if new:
+            self._recording.moments.append(self._moment(region, node))
             self.storages.time += 1
+        return new
+
+    def _note_writing(self, values: Any) -> None:
+        numbers = (self.storages.number(tensor) for tensor in operators.tensors_in(values))
+        self.overwritten.update(number for number in numbers if number is not None)
 
     def _note_sum(self, result: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
         number, *numbers = (self.storages.number(tensor) for tensor in (result, *parts))
@@ -240,13 +287,21 @@ class Recorder(DispatchMode):
     def _check_priced(
         self, call: Operation, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], module: str
     ) -> None:
-        """Refuses unknown work on parameters, or on what is made of parameters alone (a cast, a concatenation)."""
+        """Refuses unknown work on parameters, or on what is made of parameters alone (a cast, a concatenation); tells
+        of unknown work on activations."""
         floating = [tensor for tensor in inputs if tensor.is_floating_point()]
         from_parameter = [tensor.untyped_storage()._cdata in self._of_parameters for tensor in floating]
-        if any(from_parameter) and not call.priced:
-            raise UnpricedOperator(call.name, module)
+        if floating and not call.priced:
+            met_unpriced(call.qualified_name, module, takes_parameters=any(from_parameter))
         if from_parameter and all(from_parameter) and not self._in_backward:
             self._of_parameters.update(tensor.untyped_storage()._cdata for tensor in outputs)
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator writes into."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((at, each.name) for at, each in arguments if each.alias_info and each.alias_info.is_write)
 
 
 def _next_node() -> int:

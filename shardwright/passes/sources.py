@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -33,10 +33,14 @@ def local_sources(job: JobSpec, code: UserCode) -> tuple[tuple[str, ...], tuple[
     return tuple(paths), tuple(path for path in paths if not path.endswith(".py"))
 
 
+def asked_for(job: JobSpec, sources: Sequence[str], folder: Path) -> set[str]:
+    """Dotted names of all modules that the job and the sources import, whether there are such modules or not."""
+    return {*_named(job), *(name for source in sources for name in _imported(folder / source, folder))}
+
+
 def packages(job: JobSpec, sources: tuple[str, ...], folder: Path) -> tuple[str, ...]:
     """Distributions that the job and the sources import beyond torch, sorted; one that is not installed is left out."""
-    imported = {name for source in sources for name in _imported(folder / source, folder)}
-    names = {name.split(".")[0] for name in (*imported, *_named(job))}
+    names = {name.split(".")[0] for name in asked_for(job, sources, folder)}
     names |= {"transformers"} if job.model.hf is not None else set()
     local = {Path(source).parts[0].removesuffix(".py") for source in sources}
     foreign = names - local - sys.stdlib_module_names - {"torch", "shardwright"}

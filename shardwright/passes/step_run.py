@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from shardwright.passes.blocks import Block
 from shardwright.passes.boundary import enter, leave
-from shardwright.passes.record import Recorder, Recording, UnpricedOperator, module_paths
+from shardwright.passes.crossing import Uses
+from shardwright.passes.record import Recorder, Recording, module_paths
 from shardwright.passes.unit_run import Nest, UnitRun, run_backward, run_unit
+from shardwright.passes.unpriced import inside
 from shardwright.passes.untyped import Scalar
 
 EMBEDDING, HEAD, BOUNDARY = "embedding", "head", "boundary"
@@ -45,6 +47,8 @@ class BlockCall:
     """Number of each storage of the inputs."""
     outputs: tuple[int | None, ...]
     """Number of each storage of the outputs."""
+    crossing: int = 0
+    """Bytes of gradients that are alive during its backward and pass it by ([Note: crossing gradients])."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,18 @@ class StepRun:
     """Bytes of each storage."""
     region: list[str]
     """Where each storage was made."""
+    next_call: Mapping[int, int]
+    """Position of the first call after each storage was made."""
     loss_bytes: int
+
+    def forward_operators(self) -> Iterator[tuple[str, str]]:
+        """Name and module of every operator of forward, those of blocks once for each kind."""
+        yield from ((event.name, event.module) for event in self.forward.events)
+        first: dict[int, BlockCall] = {}
+        for call in self.calls:
+            first.setdefault(id(call.run), call)
+        for call in first.values():
+            yield from ((event.name, f"{call.path}.{event.module}".rstrip(".")) for event in call.run.forward)
 
 
 @contextmanager
@@ -89,6 +104,7 @@ class _StandIns:
     prepare: Callable[[nn.Module], None]
     cast: torch.dtype | None
     input_only: bool
+    uses: Uses
     runs: dict[tuple[Any, ...], UnitRun] = field(default_factory=dict)
     calls: list[BlockCall] = field(default_factory=list)
     ends: list[torch.Tensor] = field(default_factory=list)
@@ -118,17 +134,14 @@ class _StandIns:
             for tensor, at in zip(outputs, run.output.layouts, strict=True)
         }
         self.calls.append(BlockCall(block.path, run, _in_order(numbers), _in_order(made)))
+        self.uses.call(tensors, outputs)
         self.recorder.rebase(HEAD)
         return run.output.filled(outputs)
 
     def _measure(self, block: Block, forward: Callable[..., Any], inputs: Nest) -> UnitRun:
-        try:
-            with self.recorder.paused():
-                self.prepare(block.module)
-                return run_unit(block.module, forward, inputs, self.cast, input_only=self.input_only)
-        except UnpricedOperator as error:
-            path = f"{block.path}.{error.module}".rstrip(".")
-            raise UnpricedOperator(error.operator, path) from error
+        with self.recorder.paused(), inside(block.path):
+            self.prepare(block.module)
+            return run_unit(block.module, forward, inputs, self.cast, input_only=self.input_only)
 
     def _end_before(self, tensors: Sequence[torch.Tensor]) -> None:
         """Ties what was made outside the blocks and enters this one to scalars, one for each region."""
@@ -159,6 +172,7 @@ def _loss(step: Step, recorder: Recorder) -> torch.Tensor:
 
     def loss(output: Any) -> torch.Tensor:
         recorder.enter_module("loss")
+        recorder.enter_loss()
         value = step.loss(output)
         recorder.leave_module()
         return value
@@ -181,11 +195,13 @@ def run_step(
     of_blocks = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in of_blocks]
     recorder = Recorder(model.parameters(), EMBEDDING if blocks else HEAD)
-    stand_ins = _StandIns(recorder, prepare, cast, input_only)
+    uses = Uses(recorder.storages, recorder.is_paused)
+    stand_ins = _StandIns(recorder, prepare, cast, input_only, uses)
     skip = {block.path for block in blocks}
     with (
         replaced_forwards(blocks, stand_ins.stand_in),
         recorder,
+        uses,
         module_paths(recorder, model, lambda path: path in skip or path.startswith(inside)),
     ):
         value = _loss(step, recorder)
@@ -200,12 +216,13 @@ def run_step(
         for_inputs = run_backward(recorder, ends, [stand_ins.anchor], [], retain=True)
     backward = run_backward(recorder, ends, [stand_ins.anchor], outside, retain=False)
     return StepRun(
-        calls=tuple(stand_ins.calls),
+        calls=tuple(replace(call, crossing=size) for call, size in zip(stand_ins.calls, uses.crossing(), strict=True)),
         forward=forward,
         backward=backward,
         input_only=for_inputs,
         alive=alive,
         size=storages.size,
         region=storages.region,
+        next_call=uses.next_call(),
         loss_bytes=loss_dtype.itemsize,
     )

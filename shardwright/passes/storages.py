@@ -38,13 +38,13 @@ class Storages:
         """Numbers of the storages that somebody holds."""
         return list(self._number.values())
 
-    def add(self, tensor: torch.Tensor, region: str, is_input: bool, forget: Callable[[int], object]) -> bool:
-        """Whether the tensor's storage is new. `forget` is told the key of a storage that is gone: it may come back
-        as the key of another."""
+    def add(self, tensor: torch.Tensor, region: str, is_input: bool, forget: Callable[[int], object]) -> int | None:
+        """Number of the tensor's storage if it is new. `forget` is told the key of a storage that is gone: it may come
+        back as the key of another."""
         storage = tensor.untyped_storage()
         key, size, number = storage._cdata, storage.nbytes(), len(self.size)
         if key in self._number:
-            return False
+            return None
         self._number[key] = number
         self.size.append(size)
         self.region.append(region)
@@ -60,4 +60,4 @@ class Storages:
             forget(key)
 
         self._watch.append(weakref.ref(storage, gone))
-        return True
+        return number

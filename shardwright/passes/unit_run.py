@@ -4,17 +4,11 @@
 The input gradient is the work that autograd does when only the gradients of the unit's inputs are asked for; the
 weight gradient is what the whole backward does beyond that. A fused operator that computes both (a convolution's
 backward) is split by the FLOPs of the two runs.
-
-[Note: checkpointing]
-Under full checkpointing (`torch.utils.checkpoint`, use_reentrant=False) a unit keeps its inputs, as its forward gets
-them. In backward, when the first saved tensor is needed, the forward runs again until the last saved tensor is made,
-and then backward goes on as if nothing had been dropped, except that the inputs stay until its end. So what
-checkpointing costs follows from one plain forward and backward in which the savings are watched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shardwright.passes.boundary import Layout, enter, layouts, leave
 from shardwright.passes.record import Event, Recorder, Recording, module_paths
+from shardwright.passes.replay import Ended, Replay, Savings, replay
 from shardwright.passes.untyped import Scalar, gradients
-from shardwright.schemas.profile import Policy
+from shardwright.schemas.profile import KEPT_BY_SELECTIVE, Policy
 
 REGION = "block"
 Forward = Callable[..., Any]
@@ -89,10 +84,12 @@ class UnitRun:
     backward: list[Event]
     input_only: list[Event] | None
     """The backward again, for the inputs' gradients alone, where it was asked for."""
-    recomputed: int
-    """How many events of forward run again in backward under checkpointing."""
+    replay: Replay
     forward_rises: list[int]
     backward_rises: dict[Policy, list[int]]
+    """Bytes alive beyond what was alive before backward, at every moment."""
+    gradients: list[int]
+    """Elements of parameter gradients that exist at every moment of backward when nothing is checkpointed."""
 
 
 def cast_floating(dtype: torch.dtype | None, values: Any) -> Any:
@@ -102,24 +99,6 @@ def cast_floating(dtype: torch.dtype | None, values: Any) -> Any:
     return tree_map(lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, values)
 
 
-class _Savings:
-    """Where in forward the last tensor was saved, and where in backward the first was needed."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-        self.any = False
-        self.last_saved = (0, 0)
-        self.first_needed: tuple[int, int] | None = None
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.any, self.last_saved = True, self.recorder.position()
-        return tensor
-
-    def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.first_needed = self.first_needed or self.recorder.position()
-        return tensor
-
-
 def run_unit(
     module: nn.Module, forward: Forward, inputs: Nest, cast: torch.dtype | None, *, input_only: bool
 ) -> UnitRun:
@@ -127,7 +106,7 @@ def run_unit(
     to `cast` first."""
     recorder = Recorder(module.parameters(), REGION)
     storages = recorder.storages
-    savings = _Savings(recorder)
+    savings = Savings(recorder, REGION)
     anchor = torch.zeros((), requires_grad=True)
     with recorder, module_paths(recorder, module, lambda _: False):
         tensors = enter(anchor, recorder, REGION, inputs.layouts)
@@ -135,6 +114,7 @@ def run_unit(
         recorder.rebase(REGION)
         arguments = cast_floating(cast, inputs.filled(tensors))
         passed = {storages.number(tensor) for tensor in Nest.of(arguments)[1]}
+        start = recorder.position()
         with saved_tensors_hooks(savings.pack, savings.unpack):
             output, returned = Nest.of(forward(*arguments[0], **arguments[1]))
         numbers = [storages.number(tensor) for tensor in returned]
@@ -142,17 +122,7 @@ def run_unit(
         end = leave(recorder, REGION, returned)
         recording = recorder.take(in_backward=True)
     del tensors, arguments, returned
-    alive = set(storages.alive())
-    kept = Kept(
-        inside=sum(storages.size[number] for number in alive - places.keys() - left.keys()),
-        inputs=frozenset(places[number] for number in alive & places.keys()),
-        outputs=frozenset(left[number] for number in (alive & left.keys()) - places.keys()),
-    )
-    under_checkpoint = Kept(
-        inside=sum(storages.size[number] for number in passed - places.keys() if number is not None),
-        inputs=frozenset(places[number] for number in passed & places.keys()),
-        outputs=frozenset(),
-    )
+    alive = frozenset(storages.alive())
     for_inputs = None
     backward = Recording([], [], {})
     if end is not None:
@@ -161,20 +131,44 @@ def run_unit(
             for_inputs = run_backward(recorder, [(end, end.dtype)], [anchor], [], retain=True).events
         savings.first_needed = None
         backward = run_backward(recorder, [(end, end.dtype)], [anchor], parameters, retain=False)
+    state = Ended(start, alive, passed, places, left)
+    again = replay(recording, backward, savings, state)
+    chosen = [
+        at for at, event in enumerate(recording.events) if event.kind in KEPT_BY_SELECTIVE and again.results[at].bytes
+    ]
+    results = {number for at in chosen for number in recording.events[at].made}
+    # What something else than a saved tensor holds is not dropped; nothing is, where nothing is saved.
+    stays = passed | (alive - savings.packed) if savings.packed else alive
     return UnitRun(
         inputs=inputs,
         output=output,
         output_is_input=tuple(places.get(number) for number in numbers),
-        kept={"none": kept, "full": under_checkpoint if savings.any else kept},
+        kept={
+            "none": _kept(alive, state, storages.size),
+            "selective": _kept(stays | results, state, storages.size),
+            "full": _kept(stays, state, storages.size),
+        },
         forward=recording.events,
         backward=backward.events,
         input_only=for_inputs,
-        recomputed=savings.last_saved[0],
+        replay=again,
         forward_rises=recording.rises(REGION),
         backward_rises={
             "none": backward.rises(REGION),
-            "full": _rises_when_recomputed(recording, backward, savings, kept.inside - under_checkpoint.inside),
+            "selective": again.rises(chosen),
+            "full": again.rises(()),
         },
+        gradients=[moment.gradients for moment in backward.of(REGION)],
+    )
+
+
+def _kept(numbers: Set[int | None], state: Ended, size: Sequence[int]) -> Kept:
+    """Storages by what they are to the unit. One that does not count has no number."""
+    made = {number for number in numbers if number is not None and number not in state.given}
+    return Kept(
+        inside=sum(size[number] for number in made if number not in state.outputs),
+        inputs=frozenset(state.given[number] for number in numbers if number in state.given),
+        outputs=frozenset(state.outputs[number] for number in made if number in state.outputs),
     )
 
 
@@ -195,17 +189,3 @@ def run_backward(
         recording = recorder.take(in_backward=True)
     recorder.discount(recording, [gradient for gradient in found[len(anchors) :] if gradient is not None])
     return recording
-
-
-def _rises_when_recomputed(forward: Recording, backward: Recording, savings: _Savings, dropped: int) -> list[int]:
-    """Bytes alive in backward beyond what was alive before it, under checkpointing ([Note: checkpointing]). `dropped`
-    are the bytes that are made again."""
-    rises = backward.rises(REGION)
-    if savings.first_needed is None:
-        return rises
-    start = savings.first_needed[1]
-    before = rises[:start]
-    again = [(before[-1] if before else 0) + rise for rise in forward.rises(REGION)[: savings.last_saved[1]]]
-    inputs = [moment.inputs for moment in backward.moments]
-    after = [dropped + rise + (inputs[0] - held) for rise, held in zip(rises[start:], inputs[start:], strict=True)]
-    return before + again + after

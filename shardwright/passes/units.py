@@ -12,30 +12,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from shardwright.passes.calls import fit_calls, fit_results
 from shardwright.passes.fit import NotAffine, fit, fit_peak, operators
+from shardwright.passes.moments import block_instants, outside_instants, rises_in_model, worst_moments
 from shardwright.passes.record import Event
 from shardwright.passes.step_run import EMBEDDING, HEAD, BlockCall, StepRun
 from shardwright.passes.unit_run import UnitRun
-from shardwright.schemas.profile import ComputeDtypeName, Policy, Unit, UnitCost, UnitKind
+from shardwright.schemas.profile import Affine, ComputeDtypeName, Policy, Unit, UnitCost, UnitKind
 
-POLICIES: tuple[Policy, ...] = ("none", "full")
+POLICIES: tuple[Policy, ...] = ("none", "selective", "full")
 
 
-@dataclass
-class _Saved:
+class _Saved(Counter[Policy]):
     """Bytes kept, by policy."""
 
-    none: int = 0
-    full: int = 0
+    def add(self, size: int, policies: Iterable[Policy]) -> None:
+        """These policies keep so much more."""
+        for policy in policies:
+            self[policy] += size
 
-    def add(self, size: int, *, none: bool, full: bool) -> None:
-        self.none += size * none
-        self.full += size * full
+
+_Sizes = dict[Policy, dict[int, int]]
+"""Storages of a call's output, by policy and index, with their bytes."""
 
 
 @dataclass
@@ -44,8 +47,16 @@ class _Books:
 
     outside: dict[str, _Saved] = field(default_factory=lambda: {EMBEDDING: _Saved(), HEAD: _Saved()})
     calls: dict[int, _Saved] = field(default_factory=lambda: defaultdict(_Saved))
+    elsewhere: dict[int, _Sizes] = field(default_factory=lambda: defaultdict(lambda: {p: {} for p in POLICIES}))
+    """Outputs that a call keeps and that others count."""
     entering: int = 0
     """Bytes that the embedding hands to blocks which count them."""
+    by_head: list[tuple[int, int]] = field(default_factory=list)
+    """What the head counts and what is alive in the backward of blocks: bytes, and position of the first such call."""
+
+    def passing(self, position: int) -> int:
+        """Bytes that the head counts and that are alive in the backward of this call, too."""
+        return sum(size for first, size in self.by_head if first <= position)
 
 
 @dataclass
@@ -55,9 +66,11 @@ class _Boundary:
     size: int
     region: str
     producer: int | None = None
-    kept_by_producer: bool = False
-    consumers: dict[int, tuple[bool, bool]] = field(default_factory=dict)
-    """Position of the call to whether it keeps the storage under `none` and `full`."""
+    index: int = 0
+    """Among the producer's outputs."""
+    kept_by_producer: frozenset[Policy] = frozenset()
+    consumers: dict[int, frozenset[Policy]] = field(default_factory=dict)
+    """Position of the call to the policies under which it keeps the storage."""
 
 
 def _boundaries(step: StepRun) -> dict[int, _Boundary]:
@@ -70,11 +83,13 @@ def _boundaries(step: StepRun) -> dict[int, _Boundary]:
         kept = call.run.kept
         for index, number in enumerate(call.inputs):
             if number is not None:
-                boundary(number).consumers[position] = (index in kept["none"].inputs, index in kept["full"].inputs)
+                keeping = frozenset(policy for policy in POLICIES if index in kept[policy].inputs)
+                boundary(number).consumers[position] = keeping
         for index, number in enumerate(call.outputs):
             if number is not None and number not in call.inputs:
                 made = boundary(number)
-                made.producer, made.kept_by_producer = position, index in kept["none"].outputs
+                made.producer, made.index = position, index
+                made.kept_by_producer = frozenset(policy for policy in POLICIES if index in kept[policy].outputs)
     return found
 
 
@@ -84,30 +99,38 @@ def _keep_books(step: StepRun) -> _Books:
     boundaries = _boundaries(step)
     for number in step.alive - boundaries.keys():
         owner = EMBEDDING if step.region[number] == EMBEDDING else HEAD
-        books.outside[owner].add(step.size[number], none=True, full=True)
+        books.outside[owner].add(step.size[number], POLICIES)
+        if owner == HEAD:
+            books.by_head.append((step.next_call[number], step.size[number]))
     for position, call in enumerate(step.calls):
-        books.calls[position].add(call.run.kept["none"].inside, none=True, full=False)
-        books.calls[position].add(call.run.kept["full"].inside, none=False, full=True)
+        for policy in POLICIES:
+            books.calls[position].add(call.run.kept[policy].inside, [policy])
     for number, at in boundaries.items():
-        _account(books, at, kept_outside=number in step.alive)
+        _account(books, at, frozenset(POLICIES if number in step.alive else ()))
     return books
 
 
-def _account(books: _Books, at: _Boundary, *, kept_outside: bool) -> None:
+def _account(books: _Books, at: _Boundary, outside: frozenset[Policy]) -> None:
+    """Books one storage. `outside`: the policies under which work outside the blocks keeps it, all or none."""
     owner = books.outside[EMBEDDING if at.region == EMBEDDING else HEAD]
-    if len(at.consumers) > 1 or (at.producer is not None and kept_outside):
-        none = kept_outside or at.kept_by_producer or any(none for none, _ in at.consumers.values())
-        full = kept_outside or any(full for _, full in at.consumers.values())
-        owner.add(at.size, none=none, full=full)
-        return
-    none = full = False
-    for position, (none, full) in at.consumers.items():
-        books.calls[position].add(at.size, none=none, full=full)
-        books.entering += at.size * (at.region == EMBEDDING)
-    if kept_outside:
-        owner.add(at.size, none=not none, full=not full)
-    elif at.producer is not None and at.kept_by_producer:
-        books.calls[at.producer].add(at.size, none=not none, full=False)
+    by_consumers = frozenset[Policy]().union(*at.consumers.values())
+    if len(at.consumers) > 1 or (at.producer is not None and outside):
+        owner.add(at.size, outside | at.kept_by_producer | by_consumers)
+        if owner is books.outside[HEAD] and outside | by_consumers:
+            first = min(at.consumers) if at.producer is None or not outside else at.producer + 1
+            books.by_head.append((first, at.size))
+        others = frozenset(POLICIES)
+    else:
+        for position in at.consumers:
+            books.calls[position].add(at.size, by_consumers)
+            books.entering += at.size * (at.region == EMBEDDING)
+        owner.add(at.size, outside - by_consumers)
+        if at.producer is not None:
+            books.calls[at.producer].add(at.size, at.kept_by_producer - by_consumers)
+        others = by_consumers
+    if at.producer is not None:
+        for policy in others & at.kept_by_producer:
+            books.elsewhere[at.producer][policy][at.index] = at.size
 
 
 def _output_bytes(run: UnitRun) -> int:
@@ -131,21 +154,12 @@ class CostFitter:
         """Cost of the block called at this position."""
         runs = [step.calls[position].run for step in self.steps]
         saved = [books.calls[position] for books in self.books]
-        key = (*map(id, runs), *((each.none, each.full) for each in saved))
+        elsewhere = [books.elsewhere[position] for books in self.books]
+        pairs = zip(self.steps, self.books, strict=True)
+        crossing = [step.calls[position].crossing + books.passing(position) for step, books in pairs]
+        key = (*map(id, runs), *(each[policy] for each in saved for policy in POLICIES), str(elsewhere), *crossing)
         if key not in self.done:
-            if len({run.recomputed for run in runs}) > 1:
-                raise NotAffine("checkpointing recomputes other operators at one micro-batch than at another")
-            costs = operators([run.forward for run in runs], [run.backward for run in runs], runs[0].input_only or [])
-            self.done[key] = UnitCost(
-                operators=costs,
-                not_recomputed=operators([run.forward[run.recomputed :] for run in runs], [[], [], []], []),
-                saved={policy: fit([getattr(s, policy) for s in saved], "the bytes saved are") for policy in POLICIES},
-                output=fit([_output_bytes(run) for run in runs], "the bytes of the output are"),
-                forward_peak=fit_peak([run.forward_rises for run in runs], "forward"),
-                backward_peak={
-                    policy: fit_peak([run.backward_rises[policy] for run in runs], "backward") for policy in POLICIES
-                },
-            )
+            self.done[key] = _block_cost(runs, saved, elsewhere, crossing)
         return self.done[key]
 
     def outside(self, region: str) -> UnitCost:
@@ -161,12 +175,74 @@ class CostFitter:
         output = [books.entering if region == EMBEDDING else step.loss_bytes for books, step in pairs]
         peak = fit_peak([step.backward.rises(region) for step in self.steps], "backward")
         return UnitCost(
-            operators=costs,
-            saved={policy: fit([getattr(s, policy) for s in saved], "the bytes saved are") for policy in POLICIES},
+            operators=costs.operators,
+            saved=_fit_saved(saved),
             output=fit(output, "the bytes of the output are"),
             forward_peak=fit_peak([step.forward.rises(region) for step in self.steps], "forward"),
+            forward_in_model=fit_peak([rises_in_model(step.forward, region) for step in self.steps], "forward"),
             backward_peak=dict.fromkeys(POLICIES, peak),
+            backward_moments=dict.fromkeys(
+                POLICIES, worst_moments([outside_instants(step.backward, region) for step in self.steps], Affine(0, 0))
+            ),
         )
+
+
+def _fit_saved(saved: Sequence[_Saved]) -> dict[Policy, Affine]:
+    return {policy: fit([each[policy] for each in saved], "the bytes saved are") for policy in POLICIES}
+
+
+def _block_cost(
+    runs: Sequence[UnitRun], saved: Sequence[_Saved], elsewhere: Sequence[_Sizes], crossing: Sequence[int]
+) -> UnitCost:
+    replays = [run.replay for run in runs]
+    costs = operators(
+        [run.forward for run in runs],
+        [run.backward for run in runs],
+        runs[0].input_only or [],
+        fit_results(runs),
+    )
+    leaving = [_counted_elsewhere(run, each["selective"]) for run, each in zip(runs, elsewhere, strict=True)]
+    calls = fit_calls(runs, costs.of_forward, leaving)
+    first, stop = replays[0].first, replays[0].stop
+    once = [[*run.forward[:first], *run.forward[stop:]] for run in runs]
+    passing = fit(crossing, "the bytes of gradients that pass by are")
+    uncounted = {policy: _sum(_uncounted(elsewhere, policy), passing) for policy in POLICIES}
+    return UnitCost(
+        operators=costs.operators,
+        not_recomputed=operators(once, [[], [], []], []).operators,
+        saved=_fit_saved(saved),
+        output=fit([_output_bytes(run) for run in runs], "the bytes of the output are"),
+        forward_peak=fit_peak([run.forward_rises for run in runs], "forward"),
+        backward_peak={policy: _backward_peak(runs, policy, uncounted[policy]) for policy in POLICIES},
+        backward_moments={
+            policy: worst_moments([block_instants(run, policy) for run in runs], uncounted[policy])
+            for policy in POLICIES
+        },
+        calls=calls.calls,
+        moments_before=calls.moments_before,
+        moments_after=calls.moments_after,
+        crossing=passing,
+    )
+
+
+def _backward_peak(runs: Sequence[UnitRun], policy: Policy, uncounted: Affine) -> Affine:
+    return _sum(fit_peak([run.backward_rises[policy] for run in runs], "backward"), uncounted)
+
+
+def _sum(a: Affine, b: Affine) -> Affine:
+    return Affine(a.constant + b.constant, a.slope + b.slope)
+
+
+def _uncounted(elsewhere: Sequence[_Sizes], policy: Policy) -> Affine:
+    """Bytes of the outputs that the unit itself keeps and the next one counts: that one's backward is over."""
+    return fit([sum(each[policy].values()) for each in elsewhere], "the bytes of kept outputs are")
+
+
+def _counted_elsewhere(run: UnitRun, elsewhere: Mapping[int, int]) -> dict[int, int]:
+    """Outputs that others count where a choice of what is kept has them: all but what `selective` has the unit count
+    itself. (Where nobody else keeps the last block's output, a choice that does has so much more.)"""
+    own = run.kept["selective"].outputs - elsewhere.keys()
+    return {at.storage: at.storage_bytes for at in run.output.layouts if at.storage not in own}
 
 
 def _of(events: Iterable[Event], region: str) -> list[Event]:
@@ -186,7 +262,7 @@ def make_units(traces: Mapping[ComputeDtypeName, Sequence[StepRun]]) -> tuple[Un
         costs = {dtype: _naming(call.path, fitter.block, position) for dtype, fitter in fitters.items()}
         paths.append(call.path)
         following = position + 1 < len(calls) and {d: f.block(position + 1) for d, f in fitters.items()}
-        if not following or any(following[dtype] is not costs[dtype] for dtype in costs):
+        if not following or any(following[dtype] != costs[dtype] for dtype in costs):
             units.append(_unit("block", tuple(paths), costs))
             paths = []
     units.append(_unit("head", (), {d: _naming(HEAD, f.outside, HEAD) for d, f in fitters.items()}))

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, Unit
+from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, Policy, Unit, UnitCost
 
 MomentName = Literal[
     "embedding forward",
+    "block gather",
     "block forward",
     "head and loss",
     "loss backward",
     "head backward",
+    "backward gather",
     "block backward",
     "gradient reduction",
     "embedding backward",
     "root gradient reduction",
 ]
-"""In the order of a step. `loss backward`: before the head's parameters have gradients. `gradient reduction`: a block's
+"""In the order of a step. `block gather` and `backward gather`: a block's parameters are gathered before its forward or
+backward. `loss backward`: before the gradient of what the model returned is known. `gradient reduction`: a block's
 backward has ended, its gradients are handed over."""
 
 
@@ -41,6 +44,18 @@ class Moment:
     """Alive only while this unit runs."""
     recomputes: bool = False
     """Whether this is the backward of a checkpointed block, which more checkpointing does not make smaller."""
+    gradients: int | None = 0
+    """Elements of this unit's parameters whose gradients exist; None for all of them."""
+    in_loss: bool = False
+    """Whether the model has returned, and its backward has not begun."""
+
+
+class Backward(NamedTuple):
+    """A moment of a unit's backward (`BackwardMoment` of the profile) at one micro-batch."""
+
+    bytes: int
+    gradients: int | None
+    in_loss: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +65,18 @@ class UnitBytes:
     count: int
     saved: int
     saved_inputs: int
-    """Of `saved`, what checkpointing keeps."""
+    """What it keeps when blocks are checkpointed: a block itself, what is outside of them when any block is."""
     forward_peak: int
-    backward_peak: int
-    recompute_peak: int
-    """`backward_peak` under checkpointing."""
+    forward_in_model: int
+    """Of a head: `forward_peak` until the model has returned."""
+    backward: tuple[Backward, ...]
+    recompute: tuple[Backward, ...]
+    """`backward` under checkpointing."""
     output: int
+
+    def kept(self, checkpointed: int) -> int:
+        """What embedding or head keep when so many blocks are checkpointed."""
+        return self.saved_inputs if checkpointed else self.saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,42 +98,44 @@ class ActivationBytes:
     def moments(self, checkpointed: int) -> Iterator[Moment]:
         """Every moment at which memory may peak when the first `checkpointed` blocks are recomputed."""
         runs = self._runs(checkpointed)
-        start = sum(unit.saved for unit in self.embedding)
+        start = sum(unit.kept(checkpointed) for unit in self.embedding)
         end = runs[-1].before + runs[-1].count * runs[-1].saved if runs else start
         for unit in self.embedding:
             yield Moment("embedding forward", -1, 0, unit.forward_peak)
         for run in runs:
+            for block in run.ends():
+                yield Moment("block gather", block, run.before + (block - run.first) * run.saved + run.output, 0)
             alive = run.before + (run.count - 1) * run.saved + run.output
             yield Moment("block forward", run.first + run.count - 1, alive, run.forward_peak)
         boundary = runs[-1].output if runs else 0
         for unit in self.head:
-            yield Moment("head and loss", -1, end + boundary, unit.forward_peak)
-            # The loss holds float32 logits and their gradient. When the head's own gradients are made, one of the two
-            # is gone: at most half is left. A model without blocks is one head, of which nothing of the kind is known.
-            rest = unit.backward_peak // 2 if self.blocks else unit.backward_peak
-            yield Moment("loss backward", -1, end, unit.saved + unit.backward_peak)
-            yield Moment("head backward", -1, end, unit.saved + rest)
+            in_loss = any(moment.in_loss for moment in unit.backward)
+            yield Moment("head and loss", -1, end + boundary, unit.forward_peak, in_loss=in_loss)
+            yield Moment("head and loss", -1, end + boundary, unit.forward_in_model)
+            for bytes_, gradients, in_loss in unit.backward:
+                name: MomentName = "loss backward" if in_loss else "head backward"
+                alive = unit.kept(checkpointed) + bytes_
+                yield Moment(name, -1, end, alive, gradients=gradients, in_loss=in_loss)
         for run in runs:
             for block in run.ends():
-                before = run.before + (block - run.first) * run.saved
-                temporaries = run.backward_peak + run.output
-                yield Moment("block backward", block, before + run.saved, temporaries, run.recomputed)
-                yield Moment("gradient reduction", block, before, run.output)
+                yield from run.backward_of(block)
         for unit in self.embedding:
-            yield Moment("embedding backward", -1, unit.saved, unit.backward_peak + unit.output)
+            for bytes_, gradients, _ in unit.backward:
+                saved = unit.kept(checkpointed)
+                yield Moment("embedding backward", -1, saved, bytes_ + unit.output, gradients=gradients)
         yield Moment("root gradient reduction", -1, 0, 0)
 
     def _runs(self, checkpointed: int) -> Sequence[_Run]:
         """The blocks as runs of equal ones; the run in which checkpointing ends is divided there."""
         runs: list[_Run] = []
-        first, before = 0, sum(unit.saved for unit in self.embedding)
+        first, before = 0, sum(unit.kept(checkpointed) for unit in self.embedding)
         for unit in self.blocks:
             full = min(unit.count, max(0, checkpointed - first))
             for count, recomputed in ((full, True), (unit.count - full, False)):
                 if count == 0:
                     continue
                 saved = unit.saved_inputs if recomputed else unit.saved
-                backward = unit.recompute_peak if recomputed else unit.backward_peak
+                backward = unit.recompute if recomputed else unit.backward
                 runs.append(_Run(first, count, before, saved, unit.forward_peak, backward, unit.output, recomputed))
                 first, before = first + count, before + count * saved
         return runs
@@ -128,9 +151,18 @@ class _Run:
     """Saved by everything before the run."""
     saved: int
     forward_peak: int
-    backward_peak: int
+    backward: tuple[Backward, ...]
     output: int
     recomputed: bool
+
+    def backward_of(self, block: int) -> Iterator[Moment]:
+        """The backward of one of its blocks, and what follows."""
+        before = self.before + (block - self.first) * self.saved
+        yield Moment("backward gather", block, before + self.saved, self.output, self.recomputed)
+        for bytes_, gradients, _ in self.backward:
+            alive = bytes_ + self.output
+            yield Moment("block backward", block, before + self.saved, alive, self.recomputed, gradients)
+        yield Moment("gradient reduction", block, before, self.output)
 
     def ends(self) -> tuple[int, ...]:
         """The two blocks at either end, each once."""
@@ -145,7 +177,18 @@ def _evaluate(unit: Unit, dtype: ComputeDtypeName, micro_batch: int) -> UnitByte
         saved=cost.saved["none"].at(micro_batch),
         saved_inputs=cost.saved["full"].at(micro_batch),
         forward_peak=cost.forward_peak.at(micro_batch),
-        backward_peak=cost.backward_peak["none"].at(micro_batch),
-        recompute_peak=cost.backward_peak["full"].at(micro_batch),
+        forward_in_model=cost.forward_in_model.at(micro_batch),
+        backward=_backward(cost, "none", micro_batch),
+        recompute=_backward(cost, "full", micro_batch),
         output=cost.output.at(micro_batch),
+    )
+
+
+def _backward(cost: UnitCost, policy: Policy, micro_batch: int) -> tuple[Backward, ...]:
+    """The moments of a backward. A profile that states none has everything alive at once."""
+    if policy not in cost.backward_moments:
+        return (Backward(cost.backward_peak[policy].at(micro_batch), None, False),)
+    return tuple(
+        Backward(moment.bytes.at(micro_batch), moment.gradients, moment.in_loss)
+        for moment in cost.backward_moments[policy]
     )

@@ -20,6 +20,10 @@ class Sizes:
     """Padded elements of each block's trainable parameters."""
     block_numels: tuple[int, ...]
     """Elements of each block's trainable parameters, without padding."""
+    block_largest: tuple[int, ...]
+    """Elements of the largest of them."""
+    block_last: tuple[int, ...]
+    """Elements of the last of them, in order of registration."""
     root: int
     root_gradients: int
     head_numel: int
@@ -27,6 +31,8 @@ class Sizes:
     embedding_numel: int
     """Of those that the embedding's backward has gradients for; a tied parameter counts in both."""
     root_numel: int
+    root_largest: int
+    root_last: int
     own: int
     """Elements of trainable parameters that shard rank 0, the fullest, owns."""
     tensors: int
@@ -64,6 +70,12 @@ class Groups:
         def numel(group: Sequence[Parameter]) -> int:
             return sum(parameter.numel for parameter in group)
 
+        def largest(group: Sequence[Parameter]) -> int:
+            return max((parameter.numel for parameter in group), default=0)
+
+        def last(group: Sequence[Parameter]) -> int:
+            return group[-1].numel if group else 0
+
         trainable = [[parameter for parameter in block if parameter.trainable] for block in self.blocks]
         root = [parameter for parameter in self.root if parameter.trainable]
         everything = [parameter for parameter in self.profile.parameters if parameter.trainable]
@@ -72,11 +84,15 @@ class Groups:
             blocks=tuple(padded(block) for block in self.blocks),
             block_gradients=tuple(padded(block) for block in trainable),
             block_numels=tuple(numel(block) for block in trainable),
+            block_largest=tuple(largest(block) for block in trainable),
+            block_last=tuple(last(block) for block in trainable),
             root=padded(self.root),
             root_gradients=padded(root),
             head_numel=numel(head),
             embedding_numel=numel(embedding),
             root_numel=numel(root),
+            root_largest=largest(root),
+            root_last=last(root),
             own=sum(own_shard(parameter.shape, degree, 0) for parameter in everything),
             tensors=len(everything),
         )

@@ -1,16 +1,24 @@
 """Bytes that each engine holds for parameters and gradients beside the shards, at every moment of a step.
 
 [Note: what fully_shard holds]
-Read from torch 2.13 (_fsdp_param_group.py, _fsdp_collectives.py); sizes are padded ([Note: dimension-0 shards]).
+Read from torch 2.13 (_fsdp_param_group.py, _fsdp_collectives.py, _fsdp_state.py) and checked against its memory tracker
+(docs/memory-oracle.md); sizes are padded ([Note: dimension-0 shards]).
 - A gathered group takes its elements in the compute dtype, beside the all-gather's output buffer of the same size. In
-  forward that buffer stays alive until the next group has been gathered; in backward it belongs to the group that is
-  prefetched, one ahead.
+  forward that buffer stays alive until the parameters of the next group have been copied out of theirs, so a block's
+  gather holds two buffers; the last one goes when the model returns, before a loss outside of it. In backward it
+  belongs to the group that is prefetched, one ahead, from the moment when the model's backward begins. It is filled
+  from a copy of the shard in the compute dtype.
 - The root group is gathered from the start of a micro-batch to its end.
-- A block's gradients are whole, in the compute dtype, until its backward has ended. Then they are copied into the
-  float32 input of the reduce-scatter, which stays alive until the next block's are. Its output is the sharded gradient.
-- Whole gradients that accumulate over micro-batches are float32.
+- A block's gradients are whole, in the compute dtype, until its backward has ended. Then its parameters are freed and
+  the gradients copied into the float32 input of the reduce-scatter, which stays alive until the next block's is made.
+  Whole gradients are gone before its output, the sharded gradient, is made, but for the last of the group, which a
+  variable of `foreach_reduce` still holds.
+- Whole gradients that wait for a later micro-batch are float32.
 - Over a shard group of one the parameters are copied all the same, without a gather buffer.
-The later micro-batches of a step are the worst: gradients of the earlier ones are alive, and kept parameters too.
+
+[Note: micro-batches]
+Of several micro-batches of a step, the first finds no gradients and nothing gathered; in the last, kept parameters are
+freed block by block and everything is reduced; in those between, all that accumulates and all that is kept is alive.
 
 [Note: what DistributedDataParallel holds]
 The buckets, from construction on. A gradient is made beside its bucket and becomes a view of it when its reduction is
@@ -31,126 +39,178 @@ from shardwright.planner.space import Point
 
 
 class Holdings(Protocol):
-    """What an engine holds at a point."""
+    """What an engine holds at a point in one micro-batch."""
 
     def at(self, moment: Moment) -> dict[str, int] | None:
         """Bytes of `gathered_parameters`, `gradients` and `communication_buffers`; None where the engine has no such
         moment."""
 
 
-def holdings(point: Point, groups: Groups) -> Holdings:
-    """The holdings of the point's engine. Checkpointing makes no difference to them."""
+def holdings(point: Point, groups: Groups) -> tuple[Holdings, ...]:
+    """The holdings of the point's engine in each kind of micro-batch. Checkpointing makes no difference to them."""
     sizes = groups.sizes(point.shard)
-    return _Fsdp2(point, sizes) if ENGINES[point.engine].shards else _Replicated(point, sizes, groups)
+    if not ENGINES[point.engine].shards:
+        return (_Replicated(point, sizes, groups),)
+    numbers = sorted({0, min(1, point.accumulation - 1), point.accumulation - 1})
+    return tuple(_Fsdp2(point, sizes, number) for number in numbers)
 
 
 class _Fsdp2:
-    """[Note: what fully_shard holds]"""
+    """[Note: what fully_shard holds], in the micro-batch of this number ([Note: micro-batches])."""
 
-    def __init__(self, point: Point, sizes: Sizes) -> None:
-        compute = PRECISIONS[point.precision].compute_bytes
-        self._point, self._sizes, self._compute = point, sizes, compute
-        self._root = compute * sizes.root
-        self._blocks = [compute * size for size in sizes.blocks]
-        self._buffers = [size if point.shard > 1 else 0 for size in self._blocks]
+    def __init__(self, point: Point, sizes: Sizes, number: int) -> None:
+        self._point, self._sizes = point, sizes
+        self._compute = PRECISIONS[point.precision].compute_bytes
+        self._first, self._last = number == 0, number == point.accumulation - 1
+        self._stayed = bool(point.kept) and not self._first
+        self._stays = bool(point.kept) and not self._last
+        self._root = self._compute * sizes.root
+        self._blocks = [self._compute * size for size in sizes.blocks]
         self._gathered = _prefix(self._blocks)
         self._sharded = _prefix(MASTER_BYTES * size // point.shard for size in sizes.block_gradients)
-        self._head = compute * sizes.head_numel
-        self._stays = bool(point.kept) and point.accumulation > 1
-        self._carried = self._carried_gradients()
+        self._whole = _prefix(MASTER_BYTES * size for size in sizes.block_numels)
+        self._head = self._compute * sizes.head_numel
+        self._reduces = self._last or not point.gradients_wait
 
-    def at(self, moment: Moment) -> dict[str, int]:
+    def at(self, moment: Moment) -> dict[str, int] | None:
         rules = {
             "embedding forward": self._embedding_forward,
+            "block gather": self._block_gather,
             "block forward": self._block_forward,
             "head and loss": self._head_forward,
-            "loss backward": self._loss_backward,
+            "loss backward": self._head_backward,
             "head backward": self._head_backward,
+            "backward gather": self._backward_gather,
             "block backward": self._block_backward,
             "gradient reduction": self._gradient_reduction,
             "embedding backward": self._embedding_backward,
             "root gradient reduction": self._root_reduction,
         }
-        gathered, gradients, buffers = rules[moment.name](moment.block)
+        if (moment.name == "block gather" and self._stayed) or (moment.name == "backward gather" and self._point.kept):
+            return None
+        gathered, gradients, buffers = rules[moment.name](moment)
         return {"gathered_parameters": gathered, "gradients": gradients, "communication_buffers": buffers}
 
-    def _carried_gradients(self) -> int:
-        """Gradients of the earlier micro-batches of the step."""
-        if self._point.accumulation == 1:
-            return 0
-        if self._point.gradients_wait:
-            return MASTER_BYTES * (sum(self._sizes.block_numels) + self._sizes.root_numel)
-        return self._sharded[-1] + MASTER_BYTES * self._sizes.root_gradients // self._point.shard
+    def _buffer(self, block: int) -> int:
+        """The all-gather's output of a block, of the root for -1."""
+        size = self._root if block < 0 else self._blocks[block]
+        return size if self._point.shard > 1 else 0
 
-    def _alive(self, block: int) -> int:
-        """Gradients when the backward of block `block` runs, without its own: those of the blocks after it and of the
-        head in this micro-batch, and those of the earlier micro-batches."""
-        after = self._carried or self._sharded[-1] - self._sharded[block + 1]
-        return after + self._head
+    def _new(self, moment: Moment, every: int) -> int:
+        """Whole gradients of the unit that runs; `every` is the number of all their elements."""
+        return self._compute * (every if moment.gradients is None else moment.gradients)
+
+    def _carried(self, block: int) -> int:
+        """Gradients of blocks and root, reduced or waiting, when those of the blocks after `block` have been handed
+        over in this micro-batch."""
+        root = MASTER_BYTES * self._sizes.root_gradients // self._point.shard
+        if self._reduces and not self._point.gradients_wait:
+            after = self._sharded[-1] - self._sharded[block + 1]
+            return after if self._first else self._sharded[-1] + root
+        if self._first:
+            return self._whole[-1] - self._whole[block + 1]
+        waiting = self._whole[-1] + MASTER_BYTES * self._sizes.root_numel
+        if self._last:
+            waiting += self._sharded[-1] - self._sharded[block + 1] - (self._whole[-1] - self._whole[block + 1])
+        return waiting
 
     def _input(self, block: int) -> int:
         """Input of the reduce-scatter of a block's gradients."""
         gradients = self._sizes.block_gradients
-        return MASTER_BYTES * gradients[block] if block < len(gradients) else 0
+        return MASTER_BYTES * gradients[block] if self._reduces and block < len(gradients) else 0
 
-    def _own(self, block: int) -> int:
-        return self._compute * self._sizes.block_numels[block]
+    def _handed_over(self, numel: int, largest: int, last: int, padded: int) -> tuple[int, int]:
+        """What a group's gradients hold while they are copied, beside the reduce-scatter's input and what is carried
+        before and after: whole gradients, and the output."""
+        whole = self._compute * numel
+        if not self._reduces:
+            # The first are converted one after the other, later ones added to them.
+            converts = MASTER_BYTES * numel + self._compute * largest if self._compute < MASTER_BYTES else whole
+            return (converts if self._first else 0), 0
+        if self._point.gradients_wait:
+            return 0, 0  # the sum is carried
+        left = self._compute * last if self._point.shard > 1 else 0
+        output = MASTER_BYTES * padded // self._point.shard
+        return max((whole, 0), (left, output), key=sum)
 
-    def _embedding_forward(self, block: int) -> tuple[int, int, int]:
-        buffer = self._root if self._point.shard > 1 else 0
-        return self._root + buffer + (self._gathered[-1] if self._stays else 0), self._carried, 0
+    def _embedding_forward(self, moment: Moment) -> tuple[int, int, int]:
+        gathered = self._gathered[-1] if self._stayed else self._buffer(-1)
+        return self._root + gathered, self._before_backward(), 0
 
-    def _block_forward(self, block: int) -> tuple[int, int, int]:
-        if self._stays:
-            blocks = self._gathered[-1]
-        else:
-            blocks = self._gathered[block + 1] if self._point.kept else self._blocks[block]
-        return self._root + blocks + self._buffers[block], self._carried, 0
+    def _before_backward(self) -> int:
+        return 0 if self._first else self._carried(len(self._blocks) - 1)
 
-    def _head_forward(self, block: int) -> tuple[int, int, int]:
-        buffer = self._buffers[-1] if self._buffers else 0
-        return self._root + buffer + (self._gathered[-1] if self._point.kept else 0), self._carried, 0
+    def _forward_blocks(self, block: int) -> int:
+        """Blocks that are gathered while `block` runs forward."""
+        if self._stayed:
+            return self._gathered[-1]
+        return self._gathered[block + 1] if self._point.kept else self._blocks[block]
 
-    def _loss_backward(self, block: int) -> tuple[int, int, int]:
-        prefetched = self._buffers[-1] if self._buffers and not self._point.kept else 0
-        kept = self._gathered[-1] if self._point.kept else 0
-        return self._root + prefetched + kept, self._carried, 0
+    def _block_gather(self, moment: Moment) -> tuple[int, int, int]:
+        buffers = self._buffer(moment.block - 1) + self._buffer(moment.block)
+        return self._root + self._forward_blocks(moment.block) + buffers, self._before_backward(), 0
 
-    def _head_backward(self, block: int) -> tuple[int, int, int]:
-        gathered, gradients, buffers = self._loss_backward(block)
-        return gathered, gradients + self._head, buffers
+    def _block_forward(self, moment: Moment) -> tuple[int, int, int]:
+        buffer = 0 if self._stayed else self._buffer(moment.block)
+        return self._root + self._forward_blocks(moment.block) + buffer, self._before_backward(), 0
 
-    def _block_backward(self, block: int) -> tuple[int, int, int]:
+    def _head_forward(self, moment: Moment) -> tuple[int, int, int]:
+        buffer = 0 if self._stayed or moment.in_loss else self._buffer(len(self._blocks) - 1)
+        return self._root + buffer + (self._gathered[-1] if self._point.kept else 0), self._before_backward(), 0
+
+    def _head_backward(self, moment: Moment) -> tuple[int, int, int]:
+        gradients = self._before_backward() + self._new(moment, self._sizes.head_numel)
+        if self._point.kept:
+            return self._root + self._gathered[-1], gradients, 0
+        prefetched = self._buffer(len(self._blocks) - 1) if self._blocks and not moment.in_loss else 0
+        return self._root + prefetched, gradients, 0
+
+    def _backward_gather(self, moment: Moment) -> tuple[int, int, int]:
+        """A block's parameters are copied out of their buffer; then it goes, and the next one is filled from a copy of
+        the shard in the compute dtype."""
+        block = moment.block
+        prefetch = self._buffer(block - 1) + self._buffer(block - 1) // self._point.shard if block else 0
+        gathered = self._root + self._blocks[block] + max(self._buffer(block), prefetch)
+        return gathered, self._carried(block) + self._head, self._input(block + 1)
+
+    def _block_backward(self, moment: Moment) -> tuple[int, int, int]:
+        block = moment.block
         if self._point.kept:
             blocks = self._gathered[-1 if self._stays else block + 1]
         else:
-            blocks = self._blocks[block] + (self._buffers[block - 1] if block else 0)
-        return self._root + blocks, self._alive(block) + self._own(block), self._input(block + 1)
+            blocks = self._blocks[block] + (self._buffer(block - 1) if block else 0)
+        own = self._new(moment, self._sizes.block_numels[block])
+        return self._root + blocks, self._carried(block) + self._head + own, self._input(block + 1)
 
-    def _gradient_reduction(self, block: int) -> tuple[int, int, int]:
+    def _gradient_reduction(self, moment: Moment) -> tuple[int, int, int]:
+        block = moment.block
         if self._point.kept:
             blocks = self._gathered[-1 if self._stays else block]
         else:
-            blocks = self._buffers[block - 1] if block else 0
-        whole = 0 if self._point.gradients_wait else self._own(block)
-        reduced = self._input(block) // self._point.shard
-        return self._root + blocks, self._alive(block) + whole, self._input(block) + reduced
+            blocks = self._buffer(block - 1) if block else 0
+        sizes = self._sizes
+        own, output = self._handed_over(
+            sizes.block_numels[block], sizes.block_largest[block], sizes.block_last[block], sizes.block_gradients[block]
+        )
+        return self._root + blocks, self._carried(block) + self._head + own, self._input(block) + output
 
-    def _embedding_backward(self, block: int) -> tuple[int, int, int]:
-        gradients = self._alive(-1) + self._compute * self._sizes.embedding_numel
+    def _embedding_backward(self, moment: Moment) -> tuple[int, int, int]:
+        gradients = self._carried(-1) + self._head + self._new(moment, self._sizes.embedding_numel)
         return self._root + (self._gathered[-1] if self._stays else 0), gradients, self._input(0)
 
-    def _root_reduction(self, block: int) -> tuple[int, int, int]:
-        whole = 0 if self._point.gradients_wait else self._compute * self._sizes.root_numel
-        entering = MASTER_BYTES * self._sizes.root_gradients
+    def _root_reduction(self, moment: Moment) -> tuple[int, int, int]:
+        sizes = self._sizes
+        own, output = self._handed_over(sizes.root_numel, sizes.root_largest, sizes.root_last, sizes.root_gradients)
+        entering = MASTER_BYTES * sizes.root_gradients if self._reduces else 0
         gathered = self._root + self._gathered[-1] if self._stays else 0
-        return gathered, self._alive(-1) - self._head + whole, entering + entering // self._point.shard
+        return gathered, self._carried(-1) + own, entering + output
 
 
 class _Replicated:
     """`single`, and `ddp` ([Note: what DistributedDataParallel holds])."""
 
     def __init__(self, point: Point, sizes: Sizes, groups: Groups) -> None:
+        self._sizes = sizes
         self._blocks = _prefix(MASTER_BYTES * size for size in sizes.block_numels)
         self._head = MASTER_BYTES * sizes.head_numel
         self._everything = self._blocks[-1] + MASTER_BYTES * sizes.root_numel
@@ -159,19 +219,28 @@ class _Replicated:
         self._newest = MASTER_BYTES * groups.largest_parameter if self._buckets or self._carried else None
 
     def at(self, moment: Moment) -> dict[str, int] | None:
-        if moment.name in ("gradient reduction", "root gradient reduction"):
+        if moment.name in ("block gather", "backward gather", "gradient reduction", "root gradient reduction"):
             return None
         return {"gradients": self._carried + self._new(moment), "communication_buffers": self._buckets}
 
     def _new(self, moment: Moment) -> int:
         """Gradients made in this micro-batch: one at a time where an older one takes it in, else all so far."""
-        if "backward" not in moment.name or moment.name == "loss backward":
+        if "backward" not in moment.name:
             return 0
+        before, every = self._made(moment)
+        own = every if moment.gradients is None else moment.gradients
         if self._newest is not None:
-            return self._newest
+            return self._newest if own else 0
+        return min(before + MASTER_BYTES * own, self._everything)
+
+    def _made(self, moment: Moment) -> tuple[int, int]:
+        """Bytes of gradients before the unit's backward, and how many elements its own are."""
+        if moment.name == "block backward":
+            after = self._blocks[-1] - self._blocks[moment.block + 1]
+            return self._head + after, self._sizes.block_numels[moment.block]
         if moment.name == "embedding backward":
-            return self._everything
-        return self._head + (self._blocks[-1] - self._blocks[moment.block] if moment.block >= 0 else 0)
+            return self._head + self._blocks[-1], self._sizes.embedding_numel
+        return 0, self._sizes.head_numel
 
 
 def _prefix(sizes: Iterable[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 from shardwright.planner.activations import ActivationBytes, Moment
 from shardwright.planner.constants import device_constants
@@ -57,15 +58,17 @@ class MemoryModel:
         self._activations: Callable[[ComputeDtypeName, int], ActivationBytes] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch: ActivationBytes.of(profile, dtype, micro_batch)
         )
-        self._holdings: Callable[[Point], Holdings] = lru_cache(maxsize=None)(lambda point: holdings(point, groups))
+        self._holdings: Callable[[Point], tuple[Holdings, ...]] = lru_cache(maxsize=None)(
+            lambda point: holdings(point, groups)
+        )
 
     def phases(self, point: Point) -> tuple[Phase, ...]:
         """The worst moment of every phase of a step, the start of the run included."""
         fixed = self._fixed(point)
-        engine = self._holdings(replace(point, checkpointed=0))
+        micro_batches = self._holdings(replace(point, checkpointed=0))
         activations = self._activations(PRECISIONS[point.precision].compute, point.micro_batch)
         worst: dict[str, Phase] = {}
-        for moment in activations.moments(point.checkpointed):
+        for moment, engine in product(activations.moments(point.checkpointed), micro_batches):
             held = engine.at(moment)
             if held is None:
                 continue

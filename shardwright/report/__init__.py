@@ -3,11 +3,14 @@
 from shardwright.report.devices import draw_devices
 from shardwright.report.diagnostics import diagnostic_fields, draw_diagnostic, draw_input_error
 from shardwright.report.emission import draw_emission
+from shardwright.report.html import profile_html
 from shardwright.report.job import draw_job, job_facts
+from shardwright.report.operators import draw_operators
 from shardwright.report.plan import draw_inspection, draw_plan, draw_summary
 from shardwright.report.profile import draw_profile
 from shardwright.report.rehearsal import draw_rehearsal, rehearsal_fields
 from shardwright.report.search import draw_infeasible, draw_why, why_fields
+from shardwright.report.svg import profile_svg
 
 __all__ = [
     "diagnostic_fields",
@@ -18,12 +21,15 @@ __all__ = [
     "draw_input_error",
     "draw_inspection",
     "draw_job",
+    "draw_operators",
     "draw_plan",
     "draw_profile",
     "draw_rehearsal",
     "draw_summary",
     "draw_why",
     "job_facts",
+    "profile_html",
+    "profile_svg",
     "rehearsal_fields",
     "why_fields",
 ]

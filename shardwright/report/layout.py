@@ -244,5 +244,5 @@ def human_flops(value: float) -> str:
     """FLOPs in the prefixes that rates of compute are quoted in: 6.9e15 to `6.9 P`."""
     for prefix, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= scale:
-            return f"{value / scale:.3g} {prefix}"
+            return f"{value / scale:.3g} {prefix}" if abs(value) < 999.5 * scale else f"{value / scale:.0f} {prefix}"
     return f"{value:.0f}"

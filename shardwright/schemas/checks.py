@@ -30,6 +30,7 @@ def check_job(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
     yield from _optimizer(job, written)
     yield from _evaluation(job, written)
     yield from _schedule(job)
+    yield from _length(job, written)
     yield from _batch(job)
     yield from _precision(job)
     yield from _engine(job)
@@ -84,6 +85,16 @@ def _schedule(job: JobSpec) -> Iterator[Diagnostic]:
             key="train.schedule.warmup",
             message=f"the warm-up of {warmup} steps is longer than the run of {steps} steps",
             suggestion=f"write at most {steps} steps",
+        )
+
+
+def _length(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
+    """Only a dataset says itself how long its samples are."""
+    if job.data.dataset is None and not written("train.sequence_length"):
+        yield Diagnostic(
+            key="train",
+            message="`sequence_length` is missing: the data are cut into samples of so many tokens",
+            suggestion="write `sequence_length`, for example 1024",
         )
 
 

@@ -42,6 +42,21 @@ Interval = Annotated[Amount, *_amount("steps", "seconds", bare="steps", examples
 Steps = Annotated[Amount, *_amount("steps", bare="steps", least=0, examples=["2000 steps"])]
 
 
+class ProfileSpec(Spec):
+    """How the model is measured, where it cannot be measured as it stands."""
+
+    share: bool = True
+    """Whether blocks that look equal are measured once. `false` measures every block by itself: for models whose blocks
+    differ in what cannot be seen from outside."""
+    moves_data: tuple[str, ...] = ()
+    """Operators whose work PyTorch does not know and that only move data, for example `my_library::reorder`. (For one
+    with arithmetic, register a formula with `torch.utils.flop_counter.register_flop_formula` in the model's file.)"""
+    forwards: dict[str, ImportPath] = {}
+    """Path of a module (`layers.0.router`) or name of its class to a function `f(module, *args, **kwargs)` that is run
+    in place of its forward while it is measured: for a forward that decides by the values of tensors. It must cost
+    what the real one costs, and return tensors of the same shapes."""
+
+
 class ModelSpec(Spec):
     """Where the model comes from, how a batch enters it and who computes the loss. Exactly one of `factory`, `hf`."""
 
@@ -51,7 +66,7 @@ class ModelSpec(Spec):
     """Keyword arguments of the factory: plain YAML values."""
     hf: str | dict[str, Any] | None = None
     """A Hugging Face configuration: a `config.json`, a folder that holds one, or its content inline. Weights are
-    random; nothing is fetched."""
+    random unless `weights` says otherwise; nothing is fetched."""
     loss: Literal["next_token", "model"] | ImportPath = "next_token"
     """`next_token`: cross-entropy of the logits against `targets`. `model`: `forward` returns the mean over its
     unmasked targets, as a scalar or as `.loss`. `module:function`: called as `f(output, batch)`, returns the sum over
@@ -65,6 +80,11 @@ class ModelSpec(Spec):
     `_init_weights`) runs for one block at a time, seeded by the block's name: no process ever holds the model.
     `constructor`: each process runs the factory itself on the CPU. `auto`: `modules` for Hugging Face models and above
     a billion parameters, else `constructor`. The choice depends on the model alone, so every plan starts equal."""
+    weights: Literal["random", "load"] | str = "random"
+    """Where weights come from: `random`; `load`, the safetensors files beside the configuration of `hf`; or a folder
+    (relative to the job file) that holds safetensors files with the model's parameter names. They are read shard by
+    shard: no process ever holds the model."""
+    profile: ProfileSpec = ProfileSpec()
     rehearse: dict[str, Any] = {}
     """What to change in `args` (or in the Hugging Face configuration) for a rehearsal, which needs a small model."""
 
@@ -188,8 +208,9 @@ class ScheduleSpec(Spec):
 class TrainSpec(Spec):
     """The recipe. Exactly one of `steps`, `until`."""
 
-    sequence_length: int = Field(gt=0)
-    """Tokens of one sample that enter the model."""
+    sequence_length: int = Field(gt=0, default=1)
+    """Tokens of one sample that enter the model. Only a `dataset` can do without it: a sample that is no sequence of
+    tokens, such as an image, counts as one token."""
     global_batch: GlobalBatch
     """Samples (or tokens, rounded to a round number of samples) of one optimizer step over all processes. The same for
     every plan."""

@@ -21,14 +21,24 @@ tables, positions) is counted once, by the embedding or head that made it; these
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 ComputeDtypeName = Literal["fp32", "bf16"]
-Policy = Literal["none", "full"]
+Policy = Literal["none", "selective", "full"]
+"""What of a block is recomputed in backward. `none`: it keeps all that backward needs; `selective`: it keeps its inputs
+and the results of attention and of matrix products, and recomputes the rest; `full`: it keeps its inputs only."""
 Phase = Literal["forward", "input_gradient", "weight_gradient"]
 Kind = Literal["matmul", "attention", "elementwise"]
+KEPT_BY_SELECTIVE: frozenset[Kind] = frozenset({"matmul", "attention"})
+"""Operators whose results `selective` keeps, where they can be kept."""
 UnitKind = Literal["embedding", "block", "head"]
+Role = Literal["embedding", "matrix", "experts", "convolution", "vector", "unused"]
+"""What a parameter does, by the operators that take it: rows that are looked up, a factor of a matrix product, a stack
+of them for grouped products, a convolution's kernel, or an operand of elementwise work (norms, biases, scales)."""
+TensorParallelRole = Literal["column", "row", "vocabulary", "replicated", "unknown"]
+"""How tensor parallelism divides a parameter: by output features, by input features, by rows of the vocabulary, not at
+all; `unknown` where the rules do not understand its use."""
 
 
 class Affine(NamedTuple):
@@ -40,6 +50,9 @@ class Affine(NamedTuple):
     def at(self, micro_batch: int) -> int:
         """The value for a micro-batch of that many sequences."""
         return self.constant + self.slope * micro_batch
+
+
+_NOTHING = Affine(0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +67,21 @@ class Parameter:
     the root group, whatever unit uses them: index -1."""
     also: tuple[str, ...] = ()
     """The other names under which a tied parameter is reachable."""
+    dtype: str = "float32"
+    """As the model declares it: `float32`, `bfloat16`."""
+    role: Role = "vector"
+    tensor_parallel: TensorParallelRole = "unknown"
+    tensor_parallel_dim: int = 0
+    """The dimension that a `column`, `row` or `vocabulary` is divided along."""
+    tensor_parallel_units: int = 0
+    """Into how many equal pieces that dimension can be divided at most: attention heads (key-value heads for keys and
+    values, and for a fused projection), features of an MLP, rows of the vocabulary. A number of processes must divide
+    it. 0 for what is not divided."""
+    tensor_parallel_parts: tuple[int, ...] = ()
+    """Sizes along that dimension of the parts that are divided each on its own, where the parameter is several matrices
+    in one: query, key and value; gate and up. Empty for one."""
+    tensor_parallel_reason: str = ""
+    """Why the role is `unknown`: the operator that the rules do not know, and its module."""
 
     @property
     def numel(self) -> int:
@@ -84,6 +112,41 @@ class Operator:
     """Input shapes of one call at micro-batch 1."""
     dtype: str
     """Of the operands: `float32`, `bfloat16`."""
+    results: Affine = _NOTHING
+    """Bytes of the new storages that all calls together return, in the forward of a block: what keeping them costs
+    when the block is checkpointed. 0 also where PyTorch refuses to keep them, because a later operator writes into
+    them."""
+    kept: Affine = _NOTHING
+    """Of `results`, the bytes that backward needs: those that a unit keeps when nothing is recomputed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of a block's forward that makes new storages, as checkpointing sees it. All calls in order are enough
+    to price every choice of operators whose results are kept."""
+
+    operator: int
+    """Index into `UnitCost.operators`."""
+    results: Affine
+    """Bytes that keeping the call's results takes; 0 if they cannot be kept."""
+    elsewhere: Affine = _NOTHING
+    """Of `results`, what leaves the block and is counted by another unit ([Note: who counts a boundary])."""
+    again: bool
+    """Whether the call runs again in backward unless its results are kept: it comes before the last saved tensor."""
+    alive: Affine
+    """Most bytes alive from this call to the next when everything runs again (`full`), beyond what was alive before
+    backward; zero if it does not run again."""
+
+
+class BackwardMoment(NamedTuple):
+    """A moment of a unit's backward at which memory may peak."""
+
+    bytes: Affine
+    """Alive beyond what was alive before the backward, as `UnitCost.backward_peak` counts them."""
+    gradients: int
+    """Elements of the unit's parameters whose gradients exist by then."""
+    in_loss: bool
+    """Whether the gradient of what the model returned is not known yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +161,26 @@ class UnitCost:
     forward_peak: Affine
     """Most bytes alive at once during forward, nothing checkpointed, beyond what was alive before it, results
     included."""
+    forward_in_model: Affine = _NOTHING
+    """Of a head: the same until the model has returned and a loss outside of it begins."""
     backward_peak: dict[Policy, Affine]
     """Most bytes alive at once during backward beyond what was alive before it: gradients of activations and
     temporaries; under `full` also the recomputed activations. Never parameter gradients, nor the gradient of the
     unit's output, which was alive before."""
+    backward_moments: dict[Policy, tuple[BackwardMoment, ...]] = field(default_factory=dict)
+    """Every moment of backward that may be the worst once the parameter gradients that exist by then are counted too:
+    no other moment has as much of both. `backward_peak` is the largest `bytes` of them."""
     not_recomputed: tuple[Operator, ...] = ()
     """Operators of a block's forward that do not run again under `full`: those after the last that saves something."""
+    calls: tuple[Call, ...] = ()
+    """The forward of a block in order; empty for what is never checkpointed."""
+    moments_before: tuple[BackwardMoment, ...] = ()
+    """Of a block under `full`: the moments of backward before forward runs again, without `crossing`."""
+    moments_after: tuple[BackwardMoment, ...] = ()
+    """The same after forward has run again."""
+    crossing: Affine = _NOTHING
+    """Of a block: bytes of gradients that are alive during its backward though it neither makes nor takes them, such as
+    those of skip connections past it. Contained in `backward_peak` and `backward_moments`, not in the other peaks."""
 
     def flops(self, phase: Phase, micro_batch: int) -> int:
         """FLOPs of one phase."""
@@ -121,6 +198,10 @@ class Unit:
     fingerprint: str
     """Equal for units that cost the same; profiled once."""
     costs: dict[ComputeDtypeName, UnitCost]
+    compiled: dict[ComputeDtypeName, UnitCost] = field(default_factory=dict)
+    """The same under `torch.compile`, where it was asked for."""
+    module: str = ""
+    """Class of the blocks; empty for embedding and head."""
 
     @property
     def count(self) -> int:
@@ -133,11 +214,27 @@ class Cut:
     """A place between two units where the model could be divided into pipeline stages."""
 
     after: str
-    """Module path of the block before the cut; `embedding` before the first block."""
+    """Module path of the block before the cut, or of any module in a model without blocks; `embedding` before the first
+    block."""
     tensors: int
     """Activations alive across it."""
     bytes: int
     """Their bytes at micro-batch 1, in the dtypes that the model declares."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """Activations that one unit makes and another one takes, in order of execution. A block is named by its module
+    path; `embedding`, `head`. What runs between two blocks belongs to the later one; what follows from the batch alone
+    is not carried."""
+
+    source: str
+    target: str
+    kind: Literal["chain", "skip"]
+    """`chain`: to the next unit; `skip`: past at least one."""
+    tensors: int
+    bytes: int
+    """At micro-batch 1, in the dtypes that the model declares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +249,7 @@ class ModelProfile:
     buffer_bytes: int
     units: tuple[Unit, ...]
     cuts: tuple[Cut, ...]
+    edges: tuple[Edge, ...] = ()
     attention: dict[ComputeDtypeName, str]
     """The attention kernel assumed: `flash`, `efficient`, `math`, `cpu-flash`, or `none` when the model calls none."""
     init: Literal["constructor", "modules"]

@@ -152,7 +152,7 @@ def human_count(value: float) -> str:
     """For people: 8030261248 to `8.03 B` (short scale), as parameter counts and FLOPs are quoted."""
     for prefix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= scale:
-            return f"{value / scale:.3g} {prefix}"
+            return f"{value / scale:.3g} {prefix}" if abs(value) < 999.5 * scale else f"{value / scale:.0f} {prefix}"
     return f"{value:.0f}"
 
 

@@ -53,8 +53,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stand-ins for the passes and the planner. `outcome` is what a search finds, `calls` what was asked of them."""
     fake = SimpleNamespace(outcome=samples.PLAN, profile=samples.PROFILE, calls=[])
 
-    def profile_model(job: Any, folder: Path, dtypes: Any = ()) -> Any:
-        fake.calls.append(("profile", folder, tuple(dtypes)))
+    def profile_model(job: Any, folder: Path, dtypes: Any = (), *, compiled: bool = False) -> Any:
+        fake.calls.append(("profile", folder, tuple(dtypes), *(["compiled"] if compiled else [])))
         return fake.profile
 
     def make_plan(job: Any, profile: Any, *, job_file: str, defaults: Any) -> Plan | Infeasible:

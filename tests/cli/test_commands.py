@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,69 @@ def test_profile(run: Run, library: SimpleNamespace) -> None:
     refused = run("profile", "job.yaml", "--dtype", "bf16")
     assert refused.exit_code == 2
     assert "it may use fp32" in refused.stderr
+
+
+def test_profile_goes_into_detail_when_asked(run: Run, library: SimpleNamespace) -> None:
+    plain, detailed = run("profile", "job.yaml"), run("profile", "job.yaml", "--operators", "--compile")
+    assert library.calls[-1][-1] == "compiled"
+    assert detailed.stdout.startswith(plain.stdout)
+    assert "mlp: mm" in detailed.stdout
+    assert "mlp: mm" not in plain.stdout
+    assert max(map(len, detailed.stdout.splitlines())) <= 80
+
+
+def test_profile_says_its_warnings_once(run: Run, library: SimpleNamespace) -> None:
+    result = run("profile", "job.yaml")
+    assert "blocks.2 draws random numbers" in result.stdout
+    assert "blocks.2 draws random numbers" not in result.stderr
+    machine = run("profile", "job.yaml", "--json")
+    assert json.loads(machine.stdout)["warnings"] == ["blocks.2 draws random numbers"]
+
+
+@pytest.mark.parametrize(("name", "beginning"), [("model.svg", "<?xml"), ("model.html", "<!DOCTYPE html>")])
+def test_profile_draws_the_model(run: Run, library: SimpleNamespace, folder: Path, name: str, beginning: str) -> None:
+    for _ in range(2):  # a drawing of ours is drawn anew
+        result = run("profile", "job.yaml", "--graph", name)
+        assert result.exit_code == 0, result.stderr
+        assert f"wrote {name}" in result.stderr
+        assert (folder / name).read_text().startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("model.png", "ends in none of .svg, .html"), ("mine.svg", "not a drawing of ours"), ("drawn.svg", "is a folder")],
+)
+def test_profile_refuses_to_draw_over_what_is_not_ours(
+    run: Run, library: SimpleNamespace, folder: Path, name: str, said: str
+) -> None:
+    (folder / "mine.svg").write_text("<svg/>")
+    (folder / "drawn.svg").mkdir()
+    result = run("profile", "job.yaml", "--graph", name)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not library.calls
+    assert (folder / "mine.svg").read_text() == "<svg/>"
+
+
+def test_a_profile_is_kept_unless_unwanted(
+    run: Run, library: SimpleNamespace, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from dataclasses import replace
+
+    from shardwright.passes.serialise import digest
+
+    library.profile = replace(library.profile, digest=digest(library.profile))
+    kept = {"SHARDWRIGHT_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    os.utime(folder / "model.py", (1, 1))
+    first, second = run("profile", "job.yaml", **kept), run("profile", "job.yaml", **kept)
+    anew = run("profile", "job.yaml", "--no-cache", **kept)
+    assert first.stdout == second.stdout == anew.stdout
+    assert "profiling the model" in first.stderr
+    assert second.stderr.startswith("profile from the cache, made ")
+    assert "profiling the model" in anew.stderr
+    assert len(library.calls) == 2
+    plan = run("plan", "job.yaml", **kept)
+    assert "profile from the cache" in plan.stderr
 
 
 def test_plan_draws_on_stdout_and_notes_on_stderr(run: Run, library: SimpleNamespace) -> None:

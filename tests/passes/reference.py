@@ -19,20 +19,42 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwright.passes.build import build_model
-from shardwright.passes.contract import make_contract
+from shardwright.passes.contract import Batch, Contract, make_contract
 from shardwright.passes.fake import fake_mode, faked
 from shardwright.passes.imports import user_code
 from shardwright.passes.kernels import kernels_of
 from shardwright.schemas.job import JobSpec
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-CPU_ATTENTION = {
+MORE_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * prod(q) * k[-2],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, *__, **___: (
         10 * prod(q) * k[-2]
     ),
+    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * prod(a) * b[-1],
+    torch.ops.shardwright.recurrent: lambda x, _, weights, *__, **___: _of_steps(x, weights),
+    torch.ops.shardwright.recurrent_backward_input: lambda _, x, __, ___, ____, weights, **_____: _of_steps(x, weights),
+    torch.ops.shardwright.recurrent_backward_weight: lambda x, _, __, ___, weights, **____: _of_steps(x, weights),
 }
-"""What PyTorch's FLOP counter lacks: two products of queries with keys forward, five backward."""
+"""What PyTorch's FLOP counter lacks: two products of queries with keys forward, five backward; of a grouped product,
+each element of the rows with each output; of recurrent layers, each matrix in every time step."""
+CAUSAL = {"forward": 2, "backward": 5}
+"""FLOPs that a causal kernel leaves out for each pair of a query's number with a key: half of all."""
+
+
+def _of_steps(x: Any, weights: Any) -> int:
+    return 2 * prod(x[:2]) * sum(prod(weight) for weight in weights if len(weight) == 2)
+
+
+def _masked(func: Any, args: Any, kwargs: Any) -> int:
+    """FLOPs that a causal attention kernel leaves out, and that PyTorch's counter counts."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | (kwargs or {})
+    if not given.get("is_causal"):
+        return 0
+    query, key = given["query"], given["key"]
+    assert query.shape[-2] == key.shape[-2]
+    return CAUSAL["backward" if "backward" in func.name() else "forward"] * query.numel() * key.shape[-2]
 
 
 class AliveBytes(TorchDispatchMode):
@@ -47,9 +69,11 @@ class AliveBytes(TorchDispatchMode):
         self.in_backward = False
         self.sizes: dict[int, int] = {}
         self.peak = 0
+        self.masked = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.masked += _masked(func, args, kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -75,18 +99,26 @@ class Whole:
     backward_peak: int
     forward_flops: int
     backward_flops: int
+    forward_masked: int
+    """Of these, FLOPs of the masked half of causal attention."""
+    backward_masked: int
+
+
+def _cast(dtype: torch.dtype | None, args: Any, kwargs: Any) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, (args, kwargs)) if dtype else (args, kwargs)
 
 
 @contextmanager
 def _changed_forwards(blocks: Sequence[torch.nn.Module], recomputed: int, dtype: torch.dtype | None) -> Iterator[None]:
     """Blocks that cast their inputs as FSDP2 does, the first ones checkpointed as an emitted script does it."""
 
-    def cast(_: Any, args: Any, kwargs: Any) -> Any:
-        return tree_map(
-            lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, (args, kwargs)
-        )
+    def cast_inputs(_: Any, args: Any, kwargs: Any) -> Any:
+        return _cast(dtype, args, kwargs)
 
-    handles = [block.register_forward_pre_hook(cast, with_kwargs=True) for block in blocks if dtype]
+    handles = [block.register_forward_pre_hook(cast_inputs, with_kwargs=True) for block in blocks if dtype]
     for block in blocks[:recomputed]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -96,6 +128,14 @@ def _changed_forwards(blocks: Sequence[torch.nn.Module], recomputed: int, dtype:
             handle.remove()
         for block in blocks:
             vars(block).pop("forward", None)
+
+
+def _loss(model: torch.nn.Module, contract: Contract, batch: Batch, cast: torch.dtype | None) -> torch.Tensor:
+    def forward() -> Any:
+        args, kwargs = _cast(cast, *contract.arguments(batch))
+        return model(*args, **kwargs)
+
+    return contract.loss(forward(), batch)
 
 
 def measure_whole(
@@ -110,21 +150,21 @@ def measure_whole(
             batch = contract.batch(micro_batch)
             model = built.module
             parameters = list(model.parameters())
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
             alive = AliveBytes(parameters, [*model.buffers(), *batch.values()])
             flops: list[int] = []
             with _changed_forwards([model.get_submodule(path) for path in block_paths], recomputed, cast):
-                args, kwargs = contract.arguments(batch)
                 with alive:
-                    loss = contract.loss(model(*args, **kwargs), batch)
+                    loss = _loss(model, contract, batch, cast)
                 edge, one = get_gradient_edge(loss), torch.ones_like(loss)
                 del loss
-                saved, forward_peak = alive.total, alive.peak
-                alive.in_backward, alive.peak = True, 0
+                saved, forward_peak, masked = alive.total, alive.peak, alive.masked
+                alive.in_backward, alive.peak, alive.masked = True, 0, 0
                 with alive:
-                    torch.autograd.grad([edge], parameters, [one], allow_unused=True)
-                with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                    loss = contract.loss(model(*args, **kwargs), batch)
+                    torch.autograd.grad([edge], trained, [one], allow_unused=True)
+                with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
+                    loss = _loss(model, contract, batch, cast)
                     flops.append(counter.get_total_flops())
-                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                    torch.autograd.grad(loss, trained, allow_unused=True)
                     flops.append(counter.get_total_flops() - flops[0])
-    return Whole(saved, forward_peak, alive.peak, *flops)
+    return Whole(saved, forward_peak, alive.peak, *flops, masked, alive.masked)

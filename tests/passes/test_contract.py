@@ -9,8 +9,10 @@ import pytest
 
 from passes.jobs import GPT2, LLAMA, make_job
 from passes.models import profile_of, refusal
+from passes.zoo_jobs import ZOO, job_of
 from shardwright.passes import profile_model
 from shardwright.schemas.diagnostics import InputError
+from shardwright.schemas.job import TrainSpec
 from shardwright.schemas.profile import Affine
 
 OWN_LOSS = """
@@ -44,7 +46,7 @@ def test_a_head_that_is_the_whole_model_is_priced(tmp_path: Path) -> None:
     (head,) = profile.units
     assert head.kind == "head"
     assert head.costs["fp32"].flops("forward", 2) == 2 * 2 * 24 * 8 * 256
-    assert profile.cuts == ()
+    assert [(cut.after, cut.tensors) for cut in profile.cuts] == [("0", 1)]
     assert profile.input_bytes == Affine(0, 2 * 24 * 8)
 
 
@@ -187,7 +189,7 @@ def test_held_out_data_must_exist_too(tmp_path: Path) -> None:
     [
         ("x = x[:2] if len(x) > 2 else x", "logits of shape"),
         ("x = x * 2 if len(x) > 2 else x", "other operators"),
-        ("x = (x.flatten(0, 1) @ x.flatten(0, 1).T @ x.flatten(0, 1)).view_as(x)", "the FLOPs of mm"),
+        ("x = (x.flatten(0, 1) @ x.flatten(0, 1).T @ x.flatten(0, 1)).view_as(x)", "of mm in the unit itself are"),
     ],
 )
 def test_a_cost_that_is_not_affine_in_the_micro_batch(tmp_path: Path, line: str, words: str) -> None:
@@ -202,3 +204,11 @@ def test_a_cost_that_is_not_affine_in_the_micro_batch(tmp_path: Path, line: str,
     said = refusal(tmp_path, source)
     assert words in said.message
     assert "blocks.0: " in said.message or said.key == "model.loss"
+
+
+def test_samples_without_tokens_need_no_sequence_length() -> None:
+    job = job_of("resnet")
+    train = TrainSpec.model_validate({"global_batch": 8, "steps": 2})
+    profile = profile_model(job.model_copy(update={"train": train}), ZOO, ("fp32",))
+    assert profile.sequence_length == 1
+    assert profile.input_bytes == Affine(0, 4 * 3 * 16 * 16 + 8)

@@ -38,6 +38,12 @@ def test_hugging_face_models_initialise_their_modules(tmp_path: Path) -> None:
     assert profile_model(constructed, tmp_path, ("bf16",)).init == "constructor"
 
 
+def test_what_is_loaded_needs_no_initialiser_and_no_whole_model(tmp_path: Path) -> None:
+    assert profile_of(tmp_path, GATED, weights="stored").init == "modules"
+    assert profile_of(tmp_path, GATED, weights="stored", init="modules").init == "modules"
+    assert profile_of(tmp_path, GATED, weights="stored", init="constructor").init == "constructor"
+
+
 def test_a_parameter_that_nothing_initialises(tmp_path: Path) -> None:
     said = refusal(tmp_path, GATED, init="modules")
     assert said.key == "model.init"

@@ -91,6 +91,34 @@ def test_unequal_lengths_are_not_for_flash_if_causal(unequal: tuple[int, int]) -
     assert attention_kernel(q, k, k, masked=False, causal=False) == "flash"
 
 
+def test_fewer_key_heads_need_enable_gqa() -> None:
+    with fake_mode():
+        q, k = (torch.empty(1, heads, 16, 64, dtype=torch.bfloat16) for heads in (8, 1))
+    assert attention_kernel(q, k, k, masked=False, causal=True, grouped=True) == "flash"
+    assert attention_kernel(q, k, k, masked=False, causal=True) == "math"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_heads_of_another_size(dtype: torch.dtype) -> None:
+    """As multi-head latent attention has them; the output has the size of the values."""
+    with fake_mode(), kernels_of("cuda", []) as taken:
+        q, v = (torch.empty(1, 4, 32, size, dtype=dtype, requires_grad=True) for size in (192, 128))
+        output = torch.nn.functional.scaled_dot_product_attention(q, q, v, is_causal=True)
+    assert (taken, output.shape) == ({"efficient"}, (1, 4, 32, 128))
+
+
+@pytest.mark.parametrize(("length", "row"), [(16, 16), (20, 24)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_kept_of_a_mask(length: int, row: int, batch: int) -> None:
+    """An additive mask in the query's dtype, rows of a multiple of 8 elements, for each sequence that the mask has."""
+    with fake_mode(), kernels_of("cuda", []):
+        q = torch.empty(3, 4, length, 16, dtype=torch.bfloat16, requires_grad=True)
+        mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
+        kept = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask).grad_fn._saved_attn_bias
+    assert kept.shape == (3, 4, length, length)
+    assert (kept.dtype, kept.untyped_storage().nbytes()) == (torch.bfloat16, batch * length * row * 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_cuda_keeps_of_dropout_and_norms(dtype: torch.dtype) -> None:
     """A mask of one byte; two fp32 numbers a row; one fp32 number a row; and each time the input's kind of output."""

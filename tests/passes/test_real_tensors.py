@@ -9,6 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from passes.jobs import GPT2, LLAMA, USER, make_job
+from passes.tiny import MIXTRAL
 from shardwright.passes import profile_model
 from shardwright.passes.build import build_model
 from shardwright.passes.contract import make_contract
@@ -52,8 +53,9 @@ def really_saved(job: JobSpec, micro_batch: int) -> int:
         {"factory": "gpt:build", "args": {"dropout": 0.1, "tie": True}},
         {"hf": LLAMA},
         {"hf": {**GPT2, "attn_pdrop": 0.0}},
+        {"hf": MIXTRAL},
     ],
-    ids=["gpt", "gpt-dropout-tied", "llama", "gpt2"],
+    ids=["gpt", "gpt-dropout-tied", "llama", "gpt2", "mixtral"],
 )
 def test_saved_bytes(model: dict[str, Any], micro_batch: int) -> None:
     job = make_job(model, kind="cpu")

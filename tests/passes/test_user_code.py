@@ -142,16 +142,127 @@ def test_an_error_in_forward_is_told_with_its_line(tmp_path: Path) -> None:
     )
 
 
-def test_decisions_by_value_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "return x if x.sum() > 0 else -x",
+        "return x * x.mean().item()",
+        "return x + x[x.abs() > 1].sum()",
+        "return x + torch.nonzero(x).sum()",
+        "return x * float(x.detach().max())",
+    ],
+    ids=["branch", "item", "mask", "nonzero", "float"],
+)
+def test_decisions_by_value_are_refused(tmp_path: Path, line: str) -> None:
+    source = f"""
+    class Inner(nn.Module):
+        def forward(self, x):
+            {line}
+    class Wrong(Block):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+        def forward(self, x):
+            return self.inner(super().forward(x))
+    class build(Model):
+        block = Wrong
+    """
+    said = refusal(tmp_path, source)
+    number = (tmp_path / "user.py").read_text().splitlines().index(f"        {line}") + 1
+    assert said.message.startswith("forward of module blocks.0.inner (Inner) failed: ")
+    assert said.message.endswith(f"(user.py:{number}, in forward)")
+    assert "torch.where" in said.suggestion
+    assert "model.profile.forwards: {blocks.0.inner: model:f}" in said.suggestion
+
+
+INSTEAD = """
+class Inner(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+class Deciding(Block):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner(16, 16)
+    def forward(self, x):
+        return self.inner(super().forward(x))
+class build(Model):
+    block = Deciding
+def computed(module, x):
+    return F.linear(x, module.weight, module.bias)
+"""
+
+
+@pytest.mark.parametrize("name", ["Inner", "each"])
+def test_the_job_may_replace_a_forward(tmp_path: Path, name: str) -> None:
+    names = [f"blocks.{index}.inner" for index in range(3)] if name == "each" else [name]
+    forwards = dict.fromkeys(names, "user:computed")
+    profile = profile_of(tmp_path, INSTEAD, profile={"forwards": forwards})
+    (block,) = [unit for unit in profile.units if unit.kind == "block"]
+    assert block.count == 3
+    plain = profile_of(tmp_path).units[1].costs["fp32"].flops("forward", 1)
+    assert block.costs["fp32"].flops("forward", 1) == plain + 2 * 24 * 16 * 16
+    assert not [warning for warning in profile.warnings if "export" in warning]
+
+
+@pytest.mark.parametrize(
+    ("forwards", "key", "suggestion"),
+    [
+        ({"Iner": "user:computed"}, "model.profile.forwards.Iner", "'Inner'"),
+        ({"blocks.0.iner": "user:computed"}, "model.profile.forwards.blocks.0.iner", "'blocks.0.inner'"),
+        ({"Inner": "user:compute"}, "model.profile.forwards.Inner", "'computed'"),
+        ({"Router": "user:computed"}, "model.profile.forwards.Router", "its classes: Deciding, Embedding, Inner"),
+    ],
+)
+def test_replaced_forwards_that_are_wrong(tmp_path: Path, forwards: dict[str, str], key: str, suggestion: str) -> None:
+    said = refusal(tmp_path, INSTEAD, profile={"forwards": forwards})
+    assert said.key == key
+    assert suggestion in said.suggestion
+
+
+def test_an_error_inside_torch_is_told_with_the_users_module(tmp_path: Path) -> None:
+    source = """
+    class Wrong(Block):
+        def forward(self, x):
+            return self.down(self.norm(x))
+    class build(Model):
+        block = Wrong
+    """
+    said = refusal(tmp_path, source)
+    assert said.message.startswith("forward of module blocks.0.down (Linear) failed: ")
+    assert "(user.py:" in said.message
+
+
+def test_products_of_two_dtypes_are_refused(tmp_path: Path) -> None:
+    """Real tensors refuse them, fake ones do not."""
     source = """
     class build(Model):
         def forward(self, tokens):
-            x = super().forward(tokens)
-            return x if x.sum() > 0 else -x
+            return super().forward(tokens) + self.head(torch.ones(1, 1, 16))
     """
-    said = refusal(tmp_path, source)
-    assert "(user.py:" in said.message
-    assert "torch.where" in said.suggestion
+    assert profile_of(tmp_path, source).units
+    said = refusal(tmp_path, source, dtypes=("bf16",))
+    assert "got float32 and bfloat16" in said.message
+    assert "module head (Linear)" in said.message
+
+
+@pytest.mark.parametrize(
+    "draw", ["random.random() < 0.5", "uniform(0, 1) < 0.5", "drawn() < 0.5", "random.gauss(0, 1) > 9"]
+)
+def test_random_decisions_of_python_are_taken_so_that_most_is_done(tmp_path: Path, draw: str) -> None:
+    source = f"""
+    import random
+    from random import random as drawn, uniform
+    class Maybe(Block):
+        def forward(self, x):
+            return x if {draw} else super().forward(x)
+    class build(Model):
+        block = Maybe
+    """
+    profile = profile_of(tmp_path, source)
+    plain = profile_of(tmp_path)
+    assert [unit.costs for unit in profile.units] == [unit.costs for unit in plain.units]
+    (warning,) = [line for line in profile.warnings if "random" in line]
+    assert "(user.py:" in warning
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ queries instead of GELU and dropout; FLOPs are 2mnk a matrix multiplication, cau
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import (
     Affine,
+    BackwardMoment,
     ComputeDtypeName,
     Cut,
     ModelProfile,
@@ -97,14 +99,10 @@ def llama(
             _streaming("cross_entropy", "input_gradient", logits * 12, dtype, count=6),
         ]
         saved = 4 * row + 4 * logits
-        return _cost(
-            operators,
-            saved=saved,
-            inputs=saved,
-            output=0,
-            peak=saved + (4 + BYTES[dtype]) * logits,
-            backward=4 * logits,
-        )
+        peak = saved + (4 + BYTES[dtype]) * logits
+        cost = _cost(operators, saved=saved, inputs=saved, output=0, peak=peak, backward=4 * logits)
+        # The loss is done with its logits when the gradients of the head's own parameters are made.
+        return _with_loss(cost, 4 * logits, -2 * logits, vocabulary * hidden + hidden)
 
     units = (
         Unit(kind="embedding", paths=(), fingerprint="embedding", costs={d: embedding(d) for d in dtypes}),
@@ -137,10 +135,11 @@ def toy(*, blocks: int = 4, saved: int = 1000, trainable: bool = True) -> ModelP
     def costs(flops: int, saved: int, inputs: int, output: int) -> dict[ComputeDtypeName, UnitCost]:
         return dict.fromkeys(DTYPES, cost(flops, saved, inputs, output))
 
+    head = dict.fromkeys(DTYPES, _with_loss(cost(2 * 10**6, 500, 500, 0), 50, -200, 640))
     units = [
         Unit(kind="embedding", paths=(), fingerprint="embedding", costs=costs(0, 10, 10, 100)),
         Unit(kind="block", paths=paths, fingerprint="block", costs=costs(10**6, saved, 100, 100)),
-        Unit(kind="head", paths=(), fingerprint="head", costs=costs(2 * 10**6, 500, 500, 0)),
+        Unit(kind="head", paths=(), fingerprint="head", costs=head),
     ]
     return _profile("toy", 16, parameters, [unit for unit in units if unit.kind != "block" or unit.paths], "modules")
 
@@ -245,6 +244,12 @@ def _cost(operators: Sequence[Operator], *, saved: int, inputs: int, output: int
         forward_peak=Affine(0, peak),
         backward_peak={"none": Affine(0, backward), "full": Affine(0, backward + saved)},
     )
+
+
+def _with_loss(cost: UnitCost, loss: int, head: int, numel: int) -> UnitCost:
+    """The head's backward as two moments: bytes in the loss, and in the model with gradients of `numel` elements."""
+    moments = (BackwardMoment(Affine(0, loss), 0, True), BackwardMoment(Affine(0, head), numel, False))
+    return replace(cost, backward_moments={"none": moments, "full": moments})
 
 
 def _matmul(name: str, phase: str, rows: int, inn: int, out: int, dtype: ComputeDtypeName, count: int = 1) -> Operator:

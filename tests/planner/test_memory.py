@@ -14,7 +14,7 @@ from shardwright.planner.memory import CATEGORIES, MemoryModel, Phase
 from shardwright.planner.predict import Predictor
 from shardwright.planner.space import Point, configurations
 from shardwright.schemas.job import JobSpec
-from shardwright.schemas.profile import ModelProfile
+from shardwright.schemas.profile import Affine, BackwardMoment, ModelProfile
 
 PLAIN = Point(
     engine="single", world=1, shard=1, kept=None, gradient_degree=1, micro_batch=1, accumulation=1, checkpointed=0,
@@ -87,7 +87,10 @@ def test_fully_shard_by_hand() -> None:
     assert found["initialise"].bytes == {"parameters": 3360 + 4 * 1280}
     assert found["embedding forward"].bytes == HALF | {"gathered_parameters": 2 * 2560, "activation_temporaries": 10}
     assert found["block forward"].bytes["gathered_parameters"] == 2560 + 200 + 200
-    assert found["loss backward"].bytes["gathered_parameters"] == 2560 + 200
+    assert found["head and loss"].bytes["gathered_parameters"] == 2560  # the model has returned
+    assert found["loss backward"].bytes["gathered_parameters"] == 2560
+    assert found["head backward"].bytes["gathered_parameters"] == 2560 + 200  # the last block is prefetched
+    assert found["head backward"].bytes["gradients"] == 2 * 640
     last = found["block backward"].bytes
     assert last["gathered_parameters"] == 2560 + 200 + 200  # root, this block, the one that is prefetched
     assert last["gradients"] == 2 * 640 + 2 * 100  # the head's and this block's, whole
@@ -95,7 +98,43 @@ def test_fully_shard_by_hand() -> None:
     assert found["gradient reduction"].bytes["communication_buffers"] == 400 + 200
     assert found["embedding backward"].bytes["gradients"] == 4 * 4 * 50 + 2 * 1280
     assert found["root gradient reduction"].bytes["communication_buffers"] == 4 * 1280 + 2 * 1280
+    assert found["root gradient reduction"].bytes["gradients"] == 4 * 200 + 2 * 640  # foreach_reduce holds the last
     assert found["optimizer step"].bytes == HALF | {"gradients": 3360}
+
+
+def test_a_gather_holds_two_buffers() -> None:
+    """The root's, or that of the block before, goes when the block's parameters have been copied out of its own."""
+    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2, precision="bf16_mixed")
+    found = phases(point, toy(saved=0))
+    assert found["block gather"].bytes["gathered_parameters"] == 2560 + 200 + (2560 + 200)
+    assert found["backward gather"].bytes["gathered_parameters"] == 2560 + 200 + 200  # the first block, its own buffer
+    assert found["backward gather"].bytes["gradients"] == 2 * 640 + 3 * 200
+    # Of two blocks the last is worse: the buffer that is prefetched is filled from a copy of the shard, 50 elements.
+    last = phases(point, toy(blocks=2, saved=2000))["backward gather"].bytes
+    assert last["gathered_parameters"] == 2560 + 200 + (200 + 100)
+    assert "block gather" not in phases(replace(point, engine="single", world=1, shard=1, kept=None, precision="fp32"))
+
+
+@pytest.mark.parametrize(("early", "expected"), [(250, (250, 0)), (150, (0, 200))])
+def test_gradients_count_from_when_they_are_made(early: int, expected: tuple[int, int]) -> None:
+    """Of a block's backward, a moment with activations and none of its 100 gradients, and one the other way round."""
+    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2, precision="bf16_mixed")
+    moments = (BackwardMoment(Affine(0, early), 0, False), BackwardMoment(Affine(0, 0), 100, False))
+    profile = toy(saved=2000)
+    block = profile.units[1]
+    costs = {dtype: replace(cost, backward_moments={"none": moments}) for dtype, cost in block.costs.items()}
+    profile = replace(profile, units=(profile.units[0], replace(block, costs=costs), profile.units[2]))
+    found = phases(point, profile)["block backward"].bytes
+    assert (found["activation_temporaries"] - 100, found["gradients"] - 2 * 640) == expected
+
+
+def test_micro_batches_differ() -> None:
+    """Of three, the second has kept parameters from the first and keeps them for the third."""
+    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=True, gradient_degree=2, precision="bf16_mixed")
+    for accumulation, blocks in ((2, 3), (3, 4)):
+        found = phases(replace(point, accumulation=accumulation), toy(saved=0))["gradient reduction"].bytes
+        assert found["gathered_parameters"] == 2560 + blocks * 200
+        assert found["gradients"] == 3360 + 2 * 640 + 200  # all of them from before, the head's and the block's anew
 
 
 def test_the_first_block_may_be_the_worst_of_backward() -> None:
@@ -111,7 +150,7 @@ def test_kept_parameters_stay() -> None:
     point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=True, gradient_degree=2, precision="bf16_mixed")
     assert phases(point)["block backward"].bytes["gathered_parameters"] == 2560 + 4 * 200
     stays = phases(replace(point, accumulation=2))
-    assert stays["embedding forward"].bytes["gathered_parameters"] == 2 * 2560 + 4 * 200
+    assert stays["embedding forward"].bytes["gathered_parameters"] == 2560 + 4 * 200  # of the second micro-batch
     assert stays["root gradient reduction"].bytes["gathered_parameters"] == 2560 + 4 * 200
 
 

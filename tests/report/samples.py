@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Alternative, Decision, Infeasible, Plan
-from shardwright.schemas.profile import Affine, ModelProfile, Operator, Parameter, Unit, UnitCost
+from shardwright.schemas.profile import Affine, Cut, Edge, ModelProfile, Operator, Parameter, Unit, UnitCost
 
 if TYPE_CHECKING:
     from shardwright.rehearse.report_types import RehearsalReport
@@ -201,31 +202,47 @@ INFEASIBLE = Infeasible(
 )
 
 
-def _operator(phase: Any, flops: int) -> Operator:
+def _operator(phase: Any, flops: int, name: str = "mm", module: str = "mlp") -> Operator:
     return Operator(
-        name="mm",
-        module="mlp",
+        name=name,
+        module=module,
         phase=phase,
         kind="matmul",
         count=1,
         flops=Affine(0, flops),
         bytes=Affine(0, 1000),
-        shapes=((8, 8),),
+        shapes=((8, 8), (8, 64)),
         dtype="float32",
+        results=Affine(0, 4096 * (phase == "forward")),
+        kept=Affine(0, 2048 * (phase == "forward")),
     )
 
 
-def _cost(flops: int, saved: int) -> UnitCost:
+def _cost(flops: int, saved: int, module: str = "mlp") -> UnitCost:
     return UnitCost(
         operators=(
-            _operator("forward", flops),
-            _operator("input_gradient", flops),
-            _operator("weight_gradient", flops),
+            _operator("forward", flops, module=module),
+            _operator("forward", 0, "gelu", "act"),
+            _operator("input_gradient", flops, module=module),
+            _operator("weight_gradient", flops, module=module),
         ),
-        saved={"none": Affine(0, saved), "full": Affine(0, saved // 10)},
+        saved={"none": Affine(0, saved), "selective": Affine(0, saved // 2), "full": Affine(0, saved // 10)},
         output=Affine(0, 64),
         forward_peak=Affine(0, saved),
         backward_peak={"none": Affine(0, saved), "full": Affine(0, saved)},
+    )
+
+
+def _blocks(fingerprint: str, paths: tuple[str, ...], module: str = "Block") -> Unit:
+    cost = _cost(4_000_000 * ord(fingerprint), 400_000)
+    fused = _cost(4_000_000 * ord(fingerprint), 300_000)
+    return Unit(
+        kind="block",
+        paths=paths,
+        fingerprint=fingerprint,
+        module=module,
+        costs={"fp32": cost},
+        compiled={"fp32": fused},
     )
 
 
@@ -234,25 +251,82 @@ PROFILE = ModelProfile(
     device_kind="cpu",
     sequence_length=128,
     parameters=(
-        Parameter(name="embed.weight", shape=(256, 64), trainable=True, unit=-1, also=("head.weight",)),
-        Parameter(name="blocks.0.mlp.weight", shape=(64, 256), trainable=True, unit=1),
-        Parameter(name="blocks.1.mlp.weight", shape=(64, 256), trainable=True, unit=1),
+        Parameter(
+            name="embed.weight", shape=(256, 64), trainable=True, unit=-1, also=("head.weight",), role="embedding"
+        ),
+        Parameter(name="blocks.0.mlp.weight", shape=(64, 256), trainable=True, unit=1, role="matrix"),
+        Parameter(name="blocks.1.mlp.weight", shape=(64, 256), trainable=True, unit=1, role="matrix"),
+        Parameter(name="blocks.2.experts", shape=(4, 64, 256), trainable=True, unit=2, role="experts"),
     ),
     buffer_bytes=0,
     units=(
-        Unit(kind="embedding", paths=(), fingerprint="a", costs={"fp32": _cost(0, 512)}),
-        Unit(kind="block", paths=("blocks.0", "blocks.1"), fingerprint="b", costs={"fp32": _cost(4_000_000, 400_000)}),
-        Unit(kind="head", paths=(), fingerprint="c", costs={"fp32": _cost(2_000_000, 131_072)}),
+        Unit(kind="embedding", paths=(), fingerprint="a", costs={"fp32": _cost(0, 512, "embed")}),
+        _blocks("b", ("blocks.0", "blocks.1")),
+        _blocks("d", ("blocks.2",)),
+        Unit(kind="head", paths=(), fingerprint="c", costs={"fp32": _cost(2_000_000, 131_072, "head")}),
     ),
-    cuts=(),
+    cuts=tuple(
+        Cut(after=after, tensors=1 + index % 2, bytes=32_768 * (1 + index % 2))
+        for index, after in enumerate(("embedding", "blocks.0", "blocks.1", "blocks.2"))
+    ),
+    edges=(
+        Edge(source="embedding", target="blocks.0", kind="chain", tensors=1, bytes=32_768),
+        Edge(source="blocks.0", target="blocks.1", kind="chain", tensors=1, bytes=32_768),
+        Edge(source="blocks.1", target="blocks.2", kind="chain", tensors=1, bytes=32_768),
+        Edge(source="blocks.0", target="blocks.2", kind="skip", tensors=1, bytes=32_768),
+        Edge(source="embedding", target="head", kind="skip", tensors=2, bytes=65_536),
+        Edge(source="blocks.2", target="head", kind="chain", tensors=1, bytes=32_768),
+    ),
     attention={"fp32": "cpu-flash"},
     init="constructor",
     input_bytes=Affine(0, 2048),
     local_sources=("model.py",),
     packages=(),
-    warnings=(),
+    warnings=("blocks.2 draws random numbers",),
     digest="1" * 64,
 )
+
+
+def alternating(times: int = 4) -> ModelProfile:
+    """A model whose blocks alternate (two of a kind, one of another), and end on the first kind."""
+    runs: list[Unit] = []
+    for index in range(times):
+        runs += [
+            _blocks("b", (f"layers.{3 * index}", f"layers.{3 * index + 1}")),
+            _blocks("d", (f"layers.{3 * index + 2}",)),
+        ]
+    runs.append(_blocks("b", (f"layers.{3 * times}",)))
+    return replace(PROFILE, units=(PROFILE.units[0], *runs, PROFILE.units[-1]), parameters=(), cuts=(), edges=())
+
+
+def different(count: int) -> ModelProfile:
+    """A model without two equal blocks, the first half of which hands something to the second half."""
+    paths = [f"down.{index}" if index < count // 2 else f"up.{index - count // 2}" for index in range(count)]
+    blocks = [_blocks(chr(0x100 + index), (path,), f"Stage{index}") for index, path in enumerate(paths)]
+    edges = tuple(
+        Edge(source=paths[index], target=paths[-1 - index], kind="skip", tensors=1, bytes=2**20 * (index + 1))
+        for index in range(count // 2 - 1)
+    )
+    units = (PROFILE.units[0], *blocks, PROFILE.units[-1])
+    return replace(PROFILE, units=units, parameters=(), cuts=(), edges=edges)
+
+
+HOSTILE = ('<script>alert("1")</script>', "\x00\x1b[2J\ud800", "層" * 60, "a&b'c]]>", "-->", "x" * 200)
+
+
+def hostile() -> ModelProfile:
+    """Names that a user may have given to modules and classes, and would not have."""
+    blocks = [_blocks(chr(0x100 + index), (name,), name) for index, name in enumerate(HOSTILE)]
+    parameters = tuple(
+        Parameter(name=f"{name}.weight", shape=(2,), trainable=True, unit=1 + index, also=(f"{HOSTILE[0]}.weight",))
+        for index, name in enumerate(HOSTILE)
+    )
+    skips = (Edge(source=HOSTILE[0], target=HOSTILE[3], kind="skip", tensors=1, bytes=64),)
+    units = (PROFILE.units[0], *blocks, PROFILE.units[-1])
+    warnings = (HOSTILE[0],)
+    return replace(
+        PROFILE, name=HOSTILE[0], units=units, parameters=parameters, edges=skips, cuts=(), warnings=warnings
+    )
 
 
 def rehearsal() -> RehearsalReport:

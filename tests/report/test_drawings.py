@@ -23,6 +23,8 @@ KEPT = Path(__file__).parent / "drawings"
 DRAWINGS: dict[str, Callable[[], RenderableType]] = {
     "job": lambda: report.draw_job(samples.JOB, samples.PLAN.defaults),
     "profile": lambda: report.draw_profile(samples.PROFILE, 2, "fp32"),
+    "alternating": lambda: report.draw_profile(samples.alternating(), 1, "fp32"),
+    "operators": lambda: report.draw_operators(samples.PROFILE, 2, "fp32"),
     "plan": lambda: report.draw_plan(samples.PLAN),
     "inspection": lambda: report.draw_inspection(samples.PLAN),
     "why": lambda: report.draw_why(samples.PLAN, "micro_batch"),
