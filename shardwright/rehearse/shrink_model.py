@@ -42,8 +42,11 @@ def shrink_model(model: ModelSpec, folder: Path, vocabulary: int | None) -> tupl
         for name, value in after.items()
         if name not in before or before[name] != value
     ]
+    if model.weights != "random":
+        why = "stored weights do not fit a smaller model"
+        changes.append(Change(key="model.weights", before=model.weights, after="random", because=why))
     field = "args" if model.hf is None else "hf"
-    return model.model_copy(update={field: after, "rehearse": {}}), changes
+    return model.model_copy(update={field: after, "rehearse": {}, "weights": "random"}), changes
 
 
 def _why(name: str) -> str:

@@ -14,6 +14,7 @@ from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.expected import nearest
 from shardwright.schemas.hugging_face import architecture
 from shardwright.schemas.job import JobSpec
+from shardwright.schemas.weights import check_weights
 
 TOKEN_BYTES = {".u8": 1, ".u16": 2, ".u32": 4}
 """Bytes of one token by the file's suffix."""
@@ -37,6 +38,7 @@ def check_model_files(job: JobSpec, folder: Path) -> Iterator[Diagnostic]:
         yield from _configuration(job.model.hf, folder)
     elif job.model.hf is not None:
         yield from _contents(job.model.hf, "the configuration")
+    yield from check_weights(job.model, folder)
     if ":" in job.model.loss:
         yield from _function("model.loss", job.model.loss, folder)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.golden import REASONS, golden_plans
 from support.hostile import HOSTILE
 from support.plans import make_plan
@@ -95,6 +97,41 @@ def test_relative_paths_lead_from_the_script_to_the_job() -> None:
     assert 'DATA_ROOT = "../support"' in emitted(make_plan(), SUPPORT.parent / "elsewhere")["train.py"]
 
 
+def constant(text: str, name: str) -> Any:
+    """The value of a constant of a script; None where it has none."""
+    return next(
+        (
+            ast.literal_eval(node.value)
+            for node in ast.parse(text).body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
+        ),
+        None,
+    )
+
+
+@pytest.mark.parametrize(("weights", "seen"), [("w", "../../w"), ("../w", "../../../w"), ("/mnt/w", "/mnt/w")])
+def test_weights_are_seen_from_the_script(weights: str, seen: str) -> None:
+    files = emitted(make_plan(init="modules", model={"weights": weights}), SUPPORT / "a" / "b")
+    assert constant(files["train.py"], "WEIGHTS") == seen
+    assert "export.py FOLDER" in (ast.get_docstring(ast.parse(files["train.py"])) or "")
+    assert constant(emitted(make_plan())["train.py"], "WEIGHTS") is None
+
+
+def test_load_means_the_folder_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float16"}')
+    for hf in ("llama", "llama/config.json"):
+        plan = make_plan(sources=(), init="modules", model={"factory": None, "args": {}, "hf": hf, "weights": "load"})
+        files = emit(plan, tmp_path, tmp_path / "out").files
+        assert constant(files["train.py"], "WEIGHTS") == "../llama"
+        assert constant(files["export.py"], "COMPANIONS") == "../llama"
+        assert constant(files["export.py"], "DTYPE") == "float16"
+    save_file(
+        {"a": torch.zeros(9, dtype=torch.bfloat16), "b": torch.zeros(2)}, tmp_path / "llama" / "model.safetensors"
+    )
+    assert constant(emit(plan, tmp_path, tmp_path / "out").files["export.py"], "DTYPE") == "bfloat16"
+
+
 def test_every_reason_stands_in_the_script() -> None:
     reasons = (*REASONS, Reason(key="decision.something.new", value="7", because="It is new."))
     text = emitted(make_plan(world=8, shard=8, engine="fsdp2", reasons=reasons))["train.py"]
@@ -103,7 +140,7 @@ def test_every_reason_stands_in_the_script() -> None:
         assert f"Why {reason.key.removeprefix('decision.')} = {reason.value}: {reason.because}" in joined
 
 
-@pytest.mark.parametrize("name", ["train.py", "shardwright_runtime/data.py", "shardwright_runtime.py"])
+@pytest.mark.parametrize("name", ["train.py", "export.py", "shardwright_runtime/data.py", "shardwright_runtime.py"])
 def test_sources_may_not_take_the_place_of_emitted_files(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="would take the place"):
         emit(make_plan(sources=(name,)), tmp_path, tmp_path / "out")

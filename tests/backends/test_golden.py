@@ -21,7 +21,7 @@ from shardwright.schemas.plan import Plan
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 SUPPORT = ROOT / "tests" / "support"
-SHOWN = ("train.py", "launch.sh", "train.slurm")
+SHOWN = ("train.py", "export.py", "launch.sh", "train.slurm")
 """Files that a plan shapes; the runtime and the user's own are copies."""
 
 PLANS = golden_plans()
@@ -74,9 +74,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emitted")
     for name, plan in PLANS.items():
         files = dict(emission(plan).files)
-        files[f"train_{name.replace('-', '_')}.py"] = files.pop("train.py")
+        for script in ("train", "export"):
+            files[f"{script}_{name.replace('-', '_')}.py"] = files.pop(f"{script}.py")
         write(Emission(files), folder)
     return folder
+
+
+def scripts_of(folder: Path) -> list[str]:
+    return sorted(path.name for pattern in ("train_*.py", "export_*.py") for path in folder.glob(pattern))
 
 
 def run(folder: Path, *command: str) -> None:
@@ -88,13 +93,13 @@ def test_scripts_are_formatted_and_clean(folder: Path) -> None:
     run(folder, "ruff", "format", "--isolated", "--line-length", "120", "--check", ".")
     rules = "E,F,W,I,UP,B,C4,SIM,RUF,PLE,ANN,D1,T10"
     options = ("--isolated", "--line-length", "120", "--select", rules, "--ignore", "ANN401,D105,D107")
-    run(folder, "ruff", "check", *options, "shardwright_runtime", *(path.name for path in folder.glob("train_*.py")))
+    run(folder, "ruff", "check", *options, "shardwright_runtime", *scripts_of(folder))
 
 
 @pytest.mark.slow
 def test_scripts_are_typed(folder: Path) -> None:
-    scripts = sorted(path.name for path in folder.glob("train_*.py"))
-    assert len(scripts) == len(PLANS)
+    scripts = scripts_of(folder)
+    assert len(scripts) == 2 * len(PLANS)
     config = folder / "mypy.ini"
     config.write_text("[mypy]\nstrict = True\n[mypy-transformers.*]\nfollow_imports = skip\n")
     run(folder, "mypy", "--config-file", "mypy.ini", "--cache-dir", str(ROOT / ".mypy_cache" / "golden"), *scripts)

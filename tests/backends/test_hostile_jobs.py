@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.golden import LLAMA
 from support.hostile import HOSTILE
 from support.job_strings import Place, matches, places, schema_keys
@@ -109,7 +111,11 @@ JOBS: dict[str, dict[str, Any]] = {
         "cluster": {"devices": "2 x cpu", "network": "ib-ndr-8x400"},
     },
     "named": {
-        "model": {"hf": "config.json"},
+        "model": {
+            "hf": "config.json",
+            "weights": "stored",
+            "profile": {"moves_data": ["library::reorder"], "forwards": {"layers.0": "custom:loss"}},
+        },
         "data": {"bytes": "corpus.txt"},
         "train": {"sequence_length": 12, "global_batch": 12, "steps": 4},
         "cluster": {"device": "cpu", "levels": [{"name": "node", "size": 2, "link": "loopback"}]},
@@ -142,6 +148,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "held-out.u16").write_bytes(bytes([1, 0]) * 500)
     (folder / "config.json").write_text(json.dumps(LLAMA))
     (folder / "two.yaml").write_text("devices: 2 x cpu\n")
+    (folder / "stored").mkdir()
+    save_file({"w": torch.zeros(2)}, folder / "stored" / "model.safetensors")
     return folder
 
 

@@ -40,6 +40,12 @@ def test_gpt2_keeps_its_heads_apart_and_loses_default_dropout() -> None:
     assert max(small[name] for name in ("bos_token_id", "eos_token_id")) == 255
 
 
+def test_a_rehearsal_starts_from_random_weights() -> None:
+    small, changes = shrink_model(ModelSpec(hf="configs/llama3-70b.json", weights="load"), EXAMPLES, 256)
+    assert small.weights == "random"
+    assert [(each.before, each.after) for each in changes if each.key == "model.weights"] == [("load", "random")]
+
+
 def test_a_list_with_one_entry_per_layer_is_cut() -> None:
     kinds = ["sliding_attention", "full_attention"] * 4
     config = {"model_type": "qwen3", "num_hidden_layers": 8, "layer_types": kinds, "head_dim": 128}

@@ -16,6 +16,7 @@ from shardwright.backends.pytorch.headline import closing_lines, headline, launc
 from shardwright.backends.pytorch.imports import KNOWN, Import, imports_for
 from shardwright.backends.pytorch.recipes import OPTIMIZER_CONSTANTS, PRECISION_POLICIES
 from shardwright.backends.pytorch.sources import RUNTIME, architecture, local_files, model_config, runtime_files
+from shardwright.backends.pytorch.starting_weights import export_context, weights_context
 from shardwright.backends.pytorch.text import (
     assignment,
     comment_lines,
@@ -46,13 +47,18 @@ def emit(plan: Plan, job_folder: Path, out: Path) -> Emission:
     if model_class is not None:
         names[model_class] = Import(1, "transformers", model_class)
     context = _context(plan, environment, model_class, job_folder, out)
-    script, modules = _script(plan, environment, context, names)
+    known = {**KNOWN, **names}
+    script, modules = _script(plan, environment, context, known)
+    export, export_modules = _export_script(
+        environment, {**context, **export_context(plan, config, job_folder, out)}, known
+    )
     files = {
         "train.py": script,
+        "export.py": export,
         "plan.json": json.dumps(json_fields(plan), indent=2, allow_nan=False) + "\n",
         "launch.sh": _render(environment, "launch/launch.sh.j2", context) + "\n",
         "train.slurm": _render(environment, "launch/train.slurm.j2", context) + "\n",
-        **runtime_files(modules),
+        **runtime_files(modules | export_modules),
     }
     if config is not None:
         files["model_config.json"] = config
@@ -81,7 +87,7 @@ def _render(environment: jinja2.Environment, template: str, context: dict[str, A
 
 
 def _script(
-    plan: Plan, environment: jinja2.Environment, context: dict[str, Any], names: dict[str, Import]
+    plan: Plan, environment: jinja2.Environment, context: dict[str, Any], known: dict[str, Import]
 ) -> tuple[str, frozenset[str]]:
     """The text of train.py, and the modules of the runtime that it imports."""
     engine = plan.decision.engine.name
@@ -95,9 +101,18 @@ def _script(
     constants = _render(environment, "parts/constants.py.j2", context)
     functions = [_render(environment, templates.get(name, f"parts/{name}.py.j2"), context) for name in parts]
     body = "\n\n\n".join([constants, *functions])
-    imports, modules = imports_for(body, {**KNOWN, **names})
+    imports, modules = imports_for(body, known)
     head = _render(environment, "parts/head.py.j2", context)
     return f"{head}\n\n{imports}\n\n{body}\n", modules
+
+
+def _export_script(
+    environment: jinja2.Environment, context: dict[str, Any], known: dict[str, Import]
+) -> tuple[str, frozenset[str]]:
+    """The text of export.py, and the modules of the runtime that it imports."""
+    body = _render(environment, "export/body.py.j2", context)
+    imports, modules = imports_for(body, known)
+    return f"{_render(environment, 'export/head.py.j2', context)}\n\n{imports}\n\n{body}\n", modules
 
 
 def _check_arguments(plan: Plan) -> None:
@@ -145,7 +160,8 @@ def _context(
     save, evaluation = train.save_every, train.evaluate_every
     evaluates = job.data.validation is not None or job.data.validation_dataset is not None
     checkpoints_some = 0 < checkpointing.blocks < checkpointing.of
-    needs_blocks = engine.shards_blocks or plan.model.init == "modules" or checkpointing.blocks > 0
+    initializes = plan.model.init == "modules" and job.model.weights == "random"
+    needs_blocks = engine.shards_blocks or initializes or checkpointing.blocks > 0
     context: dict[str, Any] = {
         "plan": plan,
         "job": job,
@@ -157,6 +173,7 @@ def _context(
         "per_node": world // nodes,
         "grouped": engine.grouped,
         "init": plan.model.init,
+        "initializes": initializes,
         "hugging_face": job.model.hf is not None,
         "architecture": model_class,
         "model_args": job.model.args or None,
@@ -186,6 +203,7 @@ def _context(
         "plan_lines": plan_lines(plan),
         "closing_lines": closing_lines(plan, plan.model.local_sources),
         **_data(plan, job_folder, out),
+        **weights_context(plan, job_folder, out),
     }
     context["evaluate_condition"] = _evaluate_condition(context)
     context["create_model"] = _render(environment, "parts/create_model.py.j2", context)

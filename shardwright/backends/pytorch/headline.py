@@ -21,7 +21,7 @@ def headline(plan: Plan) -> str:
 
 
 def launch_lines(plan: Plan, nodes: int, grouped: bool) -> str:
-    """The commands that start and resume it."""
+    """The commands that start and resume it; where it starts from a folder of weights, also how one comes out."""
     if plan.job.cluster.launcher == "slurm":
         start = "sbatch train.slurm"
     elif not grouped:
@@ -31,12 +31,15 @@ def launch_lines(plan: Plan, nodes: int, grouped: bool) -> str:
     else:
         start = "HEAD=node0 ./launch.sh"
     where = "" if nodes == 1 or "sbatch" in start else f" on each of the {nodes} nodes"
-    resume = f"{start} --resume"
-    width = len(resume) + 4
-    return (
-        f"    {start:<{width}}# start{where}: checkpoints and metrics.jsonl go to ./out\n"
-        f"    {resume:<{width}}# go on from the newest checkpoint there"
-    )
+    resume, export = f"{start} --resume", "python export.py FOLDER"
+    loads = plan.job.model.weights != "random"
+    width = max(len(resume), len(export) * loads) + 4
+    lines = [
+        f"    {start:<{width}}# start{where}: checkpoints and metrics.jsonl go to ./out",
+        f"    {resume:<{width}}# go on from the newest checkpoint there",
+    ]
+    lines += [f"    {export:<{width}}# write the model of the newest one as safetensors files"] if loads else []
+    return "\n".join(lines)
 
 
 def plan_lines(plan: Plan) -> str:

@@ -24,6 +24,7 @@ KNOWN: Mapping[str, Import] = MappingProxyType(
     {
         "argparse": Import(0, "argparse"),
         "functools": Import(0, "functools"),
+        "json": Import(0, "json"),
         "math": Import(0, "math"),
         "time": Import(0, "time"),
         "Sequence": Import(0, "collections.abc", "Sequence"),
@@ -56,10 +57,14 @@ KNOWN: Mapping[str, Import] = MappingProxyType(
                     "to_device",
                     "token_files",
                 ),
+                "export": ("export_model",),
                 "gradients": ("gradient_norm",),
-                "initialize": ("initialize", "parameters_on_meta"),
+                "hugging_face": ("hugging_face_names", "stored_form"),
+                "initialize": ("allocate", "initialize", "parameters_on_meta"),
                 "losses": ("model_loss", "next_token_loss"),
                 "session": ("MetricsLog", "Signals", "Timer", "only_device", "process_group", "seed_for"),
+                "tensorfile": ("FormatError",),
+                "weights": ("load_weights",),
             }.items()
             for name in names
         },

@@ -16,7 +16,7 @@ from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.plan import Plan
 
 RUNTIME = "shardwright_runtime"
-RESERVED = frozenset({"train", RUNTIME})
+RESERVED = frozenset({"train", "export", RUNTIME})
 """Modules of an emission that a user's module may not shadow."""
 
 

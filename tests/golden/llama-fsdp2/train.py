@@ -80,7 +80,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def build_model(device: torch.device, mesh: DeviceMesh) -> nn.Module:
     """The model, sharded: one block at a time is initialised and cut up, so no process ever holds it whole."""
-    config = AutoConfig.from_pretrained(HERE / "model_config.json", use_cache=False, attn_implementation="sdpa")
+    config = AutoConfig.from_pretrained(HERE / "model_config.json", use_cache=False)
     with parameters_on_meta():
         model: nn.Module = LlamaForCausalLM(config)
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -153,7 +153,7 @@ class Checkpoints:
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def together(what: str, of: str = "the checkpoint") -> Iterator[None]:
     """Run the body in every process; when it fails in one, all raise CheckpointError, so none waits for ever."""
     failure: Exception | None = None
     try:
@@ -162,7 +162,7 @@ def together(what: str) -> Iterator[None]:
         failure = error
     if _maximum(0 if failure is None else 1):
         reason = "another process failed; its message says why" if failure is None else str(failure)
-        raise CheckpointError(f"could not {what} the checkpoint: {reason}") from failure
+        raise CheckpointError(f"could not {what} {of}: {reason}") from failure
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -256,8 +256,7 @@ def _copy(file: TensorFile, name: str, piece: Box, tensor: Tensor) -> int:
     common = box.overlap(piece)
     assert common is not None
     target, source = common.within(box), common.within(piece)
-    rows = file.rows(key, source[0].start, source[0].stop) if source else file.rows(key, 0, 1)
-    local_tensor(tensor)[target] = rows[(slice(None), *source[1:])] if source else rows
+    local_tensor(tensor)[target] = file.part(key, source)
     return common.numel
 
 

@@ -73,6 +73,23 @@ def initialize(model: nn.Module, path: str, *, seed: int, device: torch.device) 
         )
 
 
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Give memory to all parameters that are on meta still, sharded or not: what follows (`load_weights`, a checkpoint)
+    fills them. Buffers move to the device.
+
+    Raises InitializationError for a buffer that has no values, because it is computed from a parameter.
+    """
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise InitializationError(
+                f"the buffer {name} is computed from parameters when the model is built, before they have values; "
+                "write `init: constructor` under `model` in the job"
+            )
+    _materialize(list(model.modules()), device)
+    for module in model.modules():
+        _move_buffers(module, device)
+
+
 def _materialize(owners: list[nn.Module], device: torch.device) -> dict[int, nn.Parameter]:
     """Replace parameters on meta by NaN-filled ones, tied ones by the same; returns the new ones by id."""
     new: dict[nn.Parameter, nn.Parameter] = {}

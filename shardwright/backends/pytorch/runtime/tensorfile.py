@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from math import prod
@@ -59,28 +59,40 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     Raises FileExistsError, OSError (a full disk), FormatError for a dtype without a name.
     """
+    write_pieces(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, lambda name: [tensors[name]])
+
+
+def write_pieces(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    pieces: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As `write_tensors`, for tensors that are never whole in memory: `pieces` gives each one's elements in their
+    order, in its dtype."""
     # Wide types first: then every tensor starts at a multiple of its element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {}
+    order = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in NAMES:
-            raise FormatError(f"{name}: {tensor.dtype} has no place in a checkpoint")
-        size = tensor.numel() * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
+        dtype, shape = layout[name]
+        if dtype not in NAMES:
+            raise FormatError(f"{name}: {dtype} has no place in a file of tensors")
+        size = prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            file.write(_bytes_of(tensor))
+            dtype, shape = layout[name]
+            written = 0
+            for piece in pieces(name):
+                assert piece.dtype == dtype
+                held = piece.detach().cpu().contiguous()
+                written += file.write(_bytes_of(held))
+            assert written == prod(shape) * dtype.itemsize
         file.flush()
         os.fsync(file.fileno())
 
@@ -88,10 +100,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 class TensorFile:
     """The tensors of one file, for reading; its header is checked whole before anything else is read."""
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
+    def __init__(self, path: Path, file: BufferedReader, entries: Mapping[str, Entry] | None = None) -> None:
         self.path = path
         self._file = file
-        self.entries = _entries(path, file)
+        self.entries = _entries(path, file) if entries is None else entries
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, read from the disk now; a scalar counts as one row, shape ()."""
@@ -104,12 +116,23 @@ class TensorFile:
             raise FormatError(f"{self.path}: ends too early")
         return tensor
 
+    def part(self, name: str, where: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor, one slice a dim: whole rows are read, and cut."""
+        return (
+            self.rows(name, where[0].start, where[0].stop)[(slice(None), *where[1:])]
+            if where
+            else self.rows(name, 0, 1)
+        )
+
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Open a regular file for reading. Raises FormatError unless it is exactly in the format."""
+def open_tensors(path: Path, entries: Mapping[str, Entry] | None = None) -> Iterator[TensorFile]:
+    """Open a regular file for reading. Raises FormatError unless it is exactly in the format.
+
+    `entries`: what a file that was opened before said of itself, so that its header is not read again.
+    """
     with open_regular(path) as file:
-        yield TensorFile(path, file)
+        yield TensorFile(path, file, entries)
 
 
 def open_regular(path: Path) -> BufferedReader:
