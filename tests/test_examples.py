@@ -16,7 +16,7 @@ from shardwright.passes import profile_model
 from shardwright.planner import make_plan, needed_dtypes
 from shardwright.planner.constants import device_budget
 from shardwright.schemas import LoadedJob, load_job
-from shardwright.schemas.plan import Plan
+from shardwright.schemas.plan import Infeasible, Plan
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -24,8 +24,12 @@ PUBLISHED_PARAMETERS = {
     "gpt2-124m-1xa100": 124_439_808,
     "llama3-8b-8xh100": 8_030_261_248,
     "llama3-70b-64xh100": 70_553_706_496,
+    "mixtral-8x7b-8xb200": 46_702_792_704,
 }
-"""https://huggingface.co/openai-community/gpt2, https://huggingface.co/meta-llama: sums of the checkpoints' tensors."""
+"""https://huggingface.co/openai-community/gpt2, https://huggingface.co/meta-llama, https://huggingface.co/mistralai:
+sums of the checkpoints' tensors."""
+DOES_NOT_FIT = {"llama3.1-405b-512xh100": 405_853_388_800}
+"""Examples for which no plan fits, and their parameters."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def planned(loaded: LoadedJob) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - DOES_NOT_FIT.keys()))
 def test_example_plans_and_compiles(name: str, examples: Path, tmp_path: Path) -> None:
     loaded = load_job(examples / f"{name}.yaml")
     plan = planned(loaded)
@@ -59,8 +63,19 @@ def test_example_plans_and_compiles(name: str, examples: Path, tmp_path: Path) -
     compile(emission.files["train.py"], "train.py", "exec")
 
 
+@pytest.mark.parametrize("name", DOES_NOT_FIT)
+def test_example_says_by_how_much_it_does_not_fit(name: str) -> None:
+    loaded = load_job(EXAMPLES / f"{name}.yaml")
+    profile = profile_model(loaded.job, loaded.folder, needed_dtypes(loaded.job))
+    assert profile.numel == DOES_NOT_FIT[name]
+    found = make_plan(loaded.job, profile, job_file=loaded.path.name, defaults=loaded.defaults)
+    assert isinstance(found, Infeasible)
+    budget = device_budget(loaded.job.cluster, loaded.job.budget.device_memory)
+    assert found.needed_bytes > found.available_bytes == budget
+
+
 def test_examples_of_published_models_are_all_there() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} >= {*PUBLISHED_PARAMETERS, "bytes-gpt"}
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} >= {*PUBLISHED_PARAMETERS, *DOES_NOT_FIT, "bytes-gpt"}
 
 
 def test_readme_is_short_and_shows_an_example_as_it_is() -> None:

@@ -20,11 +20,22 @@ from shardwright.schemas.source import load_job
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PROCESSES = {"bytes-gpt": 2, "gpt2-124m-1xa100": 1, "llama3-8b-8xh100": 4, "llama3-70b-64xh100": 4}
+PROCESSES = {
+    "bytes-gpt": 2,
+    "gpt2-124m-1xa100": 1,
+    "llama3-8b-8xh100": 4,
+    "llama3-70b-64xh100": 4,
+    "mixtral-8x7b-8xb200": 4,
+}
 """How many are left of each example's devices."""
+WITHOUT_PLAN = {"llama3.1-405b-512xh100"}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+def test_no_example_is_left_out() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == PROCESSES.keys() | WITHOUT_PLAN
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSES))
 def test_an_example_holds(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "examples"
     shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("corpus", "__pycache__"))
