@@ -46,6 +46,8 @@ class Block:
     module: nn.Module
     fingerprint: str
     """Equal for blocks that are measured once."""
+    kind: str
+    """Different for blocks that their makers tell apart, also if they cost the same (`kind_of`)."""
 
 
 Named = tuple[str, nn.Module]
@@ -63,7 +65,7 @@ def find_blocks(model: nn.Module, excluded: frozenset[str] = frozenset(), *, sha
     known: dict[int, Any] = {}
     prints = [fingerprint(module, known) for _, module in found]
     return tuple(
-        Block(path, module, print if share else f"{print} {path}")
+        Block(path, module, print if share else f"{print} {path}", kind_of(module))
         for (path, module), print in zip(found, prints, strict=True)
     )
 
@@ -128,6 +130,21 @@ def _is_large(module: nn.Module) -> bool:
 def fingerprint(module: nn.Module, known: dict[int, Any]) -> str:
     """Equal for modules that cost the same ([Note: fingerprint]). `known` remembers the objects described before."""
     return _digest(_describe_module(module, known))
+
+
+def kind_of(module: nn.Module) -> str:
+    """Equal for modules of one make: of the same classes, with the same texts and truth values as attributes, and with
+    values of the same types (a sliding window, or None). Numbers alone (a dropout probability, a layer's own number)
+    make no kind."""
+
+    def own(part: nn.Module) -> Any:
+        plain = sorted(name for name in vars(part) if name not in _INTERNALS and name not in NUMBERING)
+        values = [(name, getattr(part, name)) for name in plain]
+        return type(part).__qualname__, [
+            (name, value if isinstance(value, str | bool) else type(value).__qualname__) for name, value in values
+        ]
+
+    return _digest([own(part) for part in module.modules()])
 
 
 def _digest(description: Any) -> str:

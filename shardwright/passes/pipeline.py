@@ -98,7 +98,7 @@ def _make_units(work: Work) -> Work:
     assert work.traces is not None
     try:
         classes = {block.path: type(block.module).__name__ for block in work.blocks}
-        units = make_units(work.traces)
+        units = make_units(work.traces, {block.path: block.kind for block in work.blocks})
         named = (replace(unit, module=classes[unit.paths[0]]) if unit.paths else unit for unit in units)
         return replace(work, units=tuple(named))
     except NotAffine as error:

@@ -249,9 +249,9 @@ def _of(events: Iterable[Event], region: str) -> list[Event]:
     return [event for event in events if event.region == region]
 
 
-def make_units(traces: Mapping[ComputeDtypeName, Sequence[StepRun]]) -> tuple[Unit, ...]:
-    """The units in order of execution, consecutive equal blocks as one. Raises NotAffine, its message beginning with
-    the unit."""
+def make_units(traces: Mapping[ComputeDtypeName, Sequence[StepRun]], kinds: Mapping[str, str]) -> tuple[Unit, ...]:
+    """The units in order of execution, consecutive blocks of one kind and cost as one. `kinds` is the kind of each
+    block, by its path. Raises NotAffine, its message beginning with the unit."""
     fitters = {dtype: CostFitter(steps) for dtype, steps in traces.items()}
     calls = _calls(traces)
     units = []
@@ -261,9 +261,9 @@ def make_units(traces: Mapping[ComputeDtypeName, Sequence[StepRun]]) -> tuple[Un
     for position, call in enumerate(calls):
         costs = {dtype: _naming(call.path, fitter.block, position) for dtype, fitter in fitters.items()}
         paths.append(call.path)
-        following = position + 1 < len(calls) and {d: f.block(position + 1) for d, f in fitters.items()}
-        if not following or any(following[dtype] != costs[dtype] for dtype in costs):
-            units.append(_unit("block", tuple(paths), costs))
+        last = position + 1 == len(calls) or kinds[calls[position + 1].path] != kinds[call.path]
+        if last or {dtype: fitter.block(position + 1) for dtype, fitter in fitters.items()} != costs:
+            units.append(_unit("block", tuple(paths), costs, kinds[call.path]))
             paths = []
     units.append(_unit("head", (), {d: _naming(HEAD, f.outside, HEAD) for d, f in fitters.items()}))
     return tuple(units)
@@ -284,7 +284,7 @@ def _naming(unit: str, cost: Any, argument: Any) -> UnitCost:
         raise NotAffine(f"{unit}: {error}") from error
 
 
-def _unit(kind: UnitKind, paths: tuple[str, ...], costs: dict[ComputeDtypeName, UnitCost]) -> Unit:
+def _unit(kind: UnitKind, paths: tuple[str, ...], costs: dict[ComputeDtypeName, UnitCost], make: str = "") -> Unit:
     content = json.dumps({dtype: asdict(cost) for dtype, cost in costs.items()}, sort_keys=True)
-    fingerprint = hashlib.sha256(f"{kind} {content}".encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(f"{kind} {make} {content}".encode()).hexdigest()[:16]
     return Unit(kind=kind, paths=paths, fingerprint=fingerprint, costs=costs)

@@ -196,7 +196,7 @@ class Unit:
     paths: tuple[str, ...]
     """Module paths of the consecutive, equal blocks that this entry stands for; empty for embedding and head."""
     fingerprint: str
-    """Equal for units that cost the same; profiled once."""
+    """Equal for units of one kind that cost the same."""
     costs: dict[ComputeDtypeName, UnitCost]
     compiled: dict[ComputeDtypeName, UnitCost] = field(default_factory=dict)
     """The same under `torch.compile`, where it was asked for."""

@@ -92,6 +92,11 @@ def test_blocks_that_differ_are_told_apart(model: str) -> None:
     assert letters(unit.costs["bf16"].operators for unit in blocks for _ in unit.paths) == same_cost
 
 
+def test_blocks_of_two_kinds_are_told_apart_also_where_they_cost_the_same() -> None:
+    blocks = [unit for unit in profile_of("gpt-oss").units if unit.kind == "block"]
+    assert letters(unit.fingerprint for unit in blocks for _ in unit.paths) == "ABAB"
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "kernel"),
     [("mixtral", "cuda", "math"), ("mixtral", "cpu", "cpu-flash"), ("gpt-oss", "cpu", "eager"), ("t5", "cpu", "math")],
