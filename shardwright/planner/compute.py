@@ -76,10 +76,12 @@ def _unit_flops(operators: Sequence[Operator], micro_batch: int) -> int:
 
 
 def matmul_rate(device: DeviceSpec, dtype: ComputeDtype) -> float:
-    """The highest matrix-multiply rate to expect, in FLOP/s: measured, else a usual share of the peak."""
+    """The highest matrix-multiply rate to expect, in FLOP/s: measured, else a usual share of the peak. Operands of a
+    type that the device lists no rate for (a router in fp32) take the slowest rate that it lists."""
     if dtype in device.measured:
         return device.measured[dtype]
-    return device.peak[dtype] * device_constants(device).unmeasured.value
+    peak = device.peak.get(dtype, min(device.peak.values()))
+    return peak * device_constants(device).unmeasured.value
 
 
 def memory_rate(device: DeviceSpec) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 from planner.test_memory import MODELS, PLAIN
 from shardwright.planner import ddp_buckets
-from shardwright.planner.compute import model_work
+from shardwright.planner.compute import matmul_rate, model_work
 from shardwright.planner.constants import attention_efficiency
 from shardwright.planner.groups import Groups
 from shardwright.planner.predict import Predictor
@@ -175,3 +175,8 @@ def test_the_tail_that_nothing_needs_is_not_recomputed() -> None:
     work = model_work(profile, "fp32", 1, cpu_cluster(1).device, hooked=True)
     assert [unit.recompute for unit in work] == [0.0] * len(units)
     assert all(unit.recompute > 0 for unit in model_work(toy(), "fp32", 1, cpu_cluster(1).device, hooked=True)[1:-1])
+
+
+def test_operands_of_a_type_without_a_rate_take_the_slowest_that_is_listed() -> None:
+    device = gpu_cluster(1).device.model_copy(update={"peak": {"bf16": 8e14}, "measured": {}})
+    assert matmul_rate(device, "fp32") == matmul_rate(device, "bf16")
