@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from shardwright.report.layout import human_flops, plural
 from shardwright.report.profile import PHASES, POLICIES
-from shardwright.report.units import UnitKind, path_ranges, period, unit_kinds
+from shardwright.report.units import UnitKind, path_ranges, period, run_title, unit_kinds
 from shardwright.schemas.profile import ComputeDtypeName, Cut, Edge, ModelProfile, Unit
 from shardwright.schemas.units import human_bytes, human_count
 
@@ -99,7 +99,7 @@ def model_graph(profile: ModelProfile, micro_batch: int, dtype: ComputeDtypeName
     place |= {run.kind.name: index for index, run in enumerate(runs) if not run.paths}
     cuts = {cut.after: cut for cut in profile.cuts}
     return Graph(
-        title=f"{profile.name}: {dtype}, micro-batch {micro_batch} of {profile.sequence_length} tokens",
+        title=run_title(profile, micro_batch, dtype),
         note=(
             f"{human_count(profile.numel)} parameters, attention: {profile.attention[dtype]}. Kept: from forward to "
             "backward, with none, selective and full checkpointing. What passes and is cut: of one sequence, in the "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 
 from shardwright.report.layout import Column, Grid, Row, facts, grouped, heading, human_flops, page, plural
-from shardwright.report.units import OUTSIDE, UnitKind, order, unit_kinds
+from shardwright.report.units import OUTSIDE, UnitKind, order, run_title, unit_kinds
 from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, Parameter, Phase, Policy, UnitCost
 from shardwright.schemas.units import human_bytes, human_count
 
@@ -71,7 +71,7 @@ def draw_profile(profile: ModelProfile, micro_batch: int, dtype: ComputeDtypeNam
     """
     view = View(profile, unit_kinds(profile), micro_batch, dtype)
     title = heading(
-        f"{profile.name}: {dtype}, micro-batch {micro_batch} of {profile.sequence_length} tokens, on one device",
+        f"{run_title(profile, micro_batch, dtype)}, on one device",
         "of all repetitions together; shares of parameters and of FLOPs",
     )
     kept = heading(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from shardwright.schemas.profile import ModelProfile, Parameter, Unit
+from shardwright.report.layout import plural
+from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, Parameter, Unit
 
 OUTSIDE = -1
 """`Parameter.unit` of the parameters outside all blocks."""
@@ -105,3 +106,10 @@ def period(runs: Sequence[str]) -> int:
     """The shortest period that the runs repeat, but for an unfinished last one."""
     candidates = range(1, len(runs) + 1)
     return next(n for n in candidates if all(runs[at] == runs[at % n] for at in range(len(runs) // n * n)))
+
+
+def run_title(profile: ModelProfile, micro_batch: int, dtype: ComputeDtypeName) -> str:
+    """What was run; a sample that is no sequence of tokens counts as one token."""
+    length = profile.sequence_length
+    samples = f"{micro_batch} of {length} tokens" if length > 1 else plural(micro_batch, "sample")
+    return f"{profile.name}: {dtype}, micro-batch {'of ' if length == 1 else ''}{samples}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.cells import cell_len
 
 from report import samples
 from shardwright import report
-from shardwright.report.units import order, path_ranges, unit_kinds
+from shardwright.report.units import order, path_ranges, run_title, unit_kinds
 from shardwright.schemas.profile import ModelProfile
 
 KEPT = Path(__file__).parent / "drawings"
@@ -125,3 +126,10 @@ def test_what_alternates_is_told_in_one_line() -> None:
 )
 def test_paths_as_ranges(paths: list[str], shown: str) -> None:
     assert path_ranges(paths) == shown
+
+
+def test_a_sample_that_is_no_sequence_is_called_one() -> None:
+    image = replace(samples.PROFILE, sequence_length=1)
+    assert run_title(image, 1, "bf16") == f"{samples.PROFILE.name}: bf16, micro-batch of 1 sample"
+    assert run_title(image, 4, "bf16").endswith("micro-batch of 4 samples")
+    assert run_title(replace(samples.PROFILE, sequence_length=512), 4, "bf16").endswith("micro-batch 4 of 512 tokens")
