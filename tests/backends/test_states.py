@@ -55,6 +55,15 @@ RUNS = [
 FAULTY = [run((2, 2), (2, 2, 4), None) | {"name": fault, "fault": fault} for fault in FAULTS]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As the processes compute: with more threads, products of bf16 numbers are summed in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found, by the name of the run."""
