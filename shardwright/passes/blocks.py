@@ -138,13 +138,18 @@ def kind_of(module: nn.Module) -> str:
     make no kind."""
 
     def own(part: nn.Module) -> Any:
-        plain = sorted(name for name in vars(part) if name not in _INTERNALS and name not in NUMBERING)
-        values = [(name, getattr(part, name)) for name in plain]
         return type(part).__qualname__, [
-            (name, value if isinstance(value, str | bool) else type(value).__qualname__) for name, value in values
+            (name, value if isinstance(value, str | bool) else type(value).__qualname__)
+            for name, value in _attributes_of(part)
         ]
 
     return _digest([own(part) for part in module.modules()])
+
+
+def _attributes_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """What was put on a module besides parameters, buffers and children, without numbers of layers; by name."""
+    plain = sorted(name for name in vars(module) if name not in _INTERNALS and name not in NUMBERING)
+    return [(name, getattr(module, name)) for name in plain]
 
 
 def _digest(description: Any) -> str:
@@ -159,13 +164,12 @@ def _describe_module(module: nn.Module, known: dict[int, Any]) -> Any:
             if tensor is not None
         ]
 
-    plain = sorted(name for name in vars(module) if name not in _INTERNALS and name not in NUMBERING)
     return (
         f"{type(module).__module__}.{type(module).__qualname__}",
         module.training,
         tensors(module._parameters),
         tensors(module._buffers),
-        [(name, _describe(getattr(module, name), known)) for name in plain],
+        [(name, _describe(value, known)) for name, value in _attributes_of(module)],
         [(name, _describe_module(child, known)) for name, child in module._modules.items() if child is not None],
     )
 

@@ -143,17 +143,13 @@ def _merge(merged: dict[_Key, Operator], event: Event, one: Operator) -> None:
         merged[_key(one.phase, event)] = replace(
             one,
             count=same.count + 1,
-            flops=_sum(same.flops, one.flops),
-            bytes=_sum(same.bytes, one.bytes),
-            results=_sum(same.results, one.results),
-            kept=_sum(same.kept, one.kept),
+            flops=same.flops.plus(one.flops),
+            bytes=same.bytes.plus(one.bytes),
+            results=same.results.plus(one.results),
+            kept=same.kept.plus(one.kept),
         )
 
 
 def _shapes_at_one(two: _Shapes, three: _Shapes) -> _Shapes:
     pairs = zip(two, three, strict=True)
     return tuple(tuple(2 * a - b for a, b in zip(at_two, at_three, strict=True)) for at_two, at_three in pairs)
-
-
-def _sum(a: Affine, b: Affine) -> Affine:
-    return Affine(a.constant + b.constant, a.slope + b.slope)

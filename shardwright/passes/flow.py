@@ -109,11 +109,6 @@ class _Watch(DispatchMode):
         self.segment = 0
         """What runs now belongs to the segment of this number."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled while watching."""
-        return False
-
     def name_parameters(self, module: nn.Module, path: str) -> None:
         """These parameters have their tensors now."""
         for name, parameter in module.named_parameters(remove_duplicate=False):

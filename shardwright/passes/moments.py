@@ -55,7 +55,7 @@ def worst_moments(runs: Sequence[Sequence[Instant]], more: Affine) -> tuple[Back
     moments = [BackwardMoment(more, 0, bool(runs[0]) and runs[0][0].in_loss)]
     for instants in zip(*runs, strict=True):
         line = fit([instant.bytes for instant in instants], "the bytes alive in backward are")
-        size = Affine(line.constant + more.constant, line.slope + more.slope)
+        size = line.plus(more)
         moments.append(BackwardMoment(size, instants[0].gradients, instants[0].in_loss))
     distinct = list(dict.fromkeys(moments))
     return tuple(one for one in distinct if not any(_exceeds(other, one) for other in distinct if other is not one))

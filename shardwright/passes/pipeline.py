@@ -97,10 +97,7 @@ def _trace(work: Work) -> Work:
 def _make_units(work: Work) -> Work:
     assert work.traces is not None
     try:
-        classes = {block.path: type(block.module).__name__ for block in work.blocks}
-        units = make_units(work.traces, {block.path: block.kind for block in work.blocks})
-        named = (replace(unit, module=classes[unit.paths[0]]) if unit.paths else unit for unit in units)
-        return replace(work, units=tuple(named))
+        return replace(work, units=make_units(work.traces, work.blocks))
     except NotAffine as error:
         message = f"the cost of the model does not grow linearly with the micro-batch; {error}"
         hint = "let no branch, shape or loop of forward depend on the size of the first dimension"

@@ -109,11 +109,6 @@ class Recorder(DispatchMode):
         self.overwritten: set[int] = set()
         """Storages that an operator wrote into after they were made, by number."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled while recording, and the guard against it would cost more than the recording."""
-        return False
-
     def take(self, *, in_backward: bool) -> Recording:
         """What was recorded since the last call. What comes next runs forward or backward."""
         done, self._recording = self._recording, Recording([], [], {})

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from shardwright.passes.blocks import Block
 from shardwright.passes.calls import fit_calls, fit_results
 from shardwright.passes.fit import NotAffine, fit, fit_peak, operators
 from shardwright.passes.moments import block_instants, outside_instants, rises_in_model, worst_moments
@@ -206,7 +207,7 @@ def _block_cost(
     first, stop = replays[0].first, replays[0].stop
     once = [[*run.forward[:first], *run.forward[stop:]] for run in runs]
     passing = fit(crossing, "the bytes of gradients that pass by are")
-    uncounted = {policy: _sum(_uncounted(elsewhere, policy), passing) for policy in POLICIES}
+    uncounted = {policy: _uncounted(elsewhere, policy).plus(passing) for policy in POLICIES}
     return UnitCost(
         operators=costs.operators,
         not_recomputed=operators(once, [[], [], []], []).operators,
@@ -226,11 +227,7 @@ def _block_cost(
 
 
 def _backward_peak(runs: Sequence[UnitRun], policy: Policy, uncounted: Affine) -> Affine:
-    return _sum(fit_peak([run.backward_rises[policy] for run in runs], "backward"), uncounted)
-
-
-def _sum(a: Affine, b: Affine) -> Affine:
-    return Affine(a.constant + b.constant, a.slope + b.slope)
+    return fit_peak([run.backward_rises[policy] for run in runs], "backward").plus(uncounted)
 
 
 def _uncounted(elsewhere: Sequence[_Sizes], policy: Policy) -> Affine:
@@ -249,9 +246,10 @@ def _of(events: Iterable[Event], region: str) -> list[Event]:
     return [event for event in events if event.region == region]
 
 
-def make_units(traces: Mapping[ComputeDtypeName, Sequence[StepRun]], kinds: Mapping[str, str]) -> tuple[Unit, ...]:
-    """The units in order of execution, consecutive blocks of one kind and cost as one. `kinds` is the kind of each
-    block, by its path. Raises NotAffine, its message beginning with the unit."""
+def make_units(traces: Mapping[ComputeDtypeName, Sequence[StepRun]], blocks: Sequence[Block]) -> tuple[Unit, ...]:
+    """The units in order of execution, consecutive blocks of one kind and cost as one. Raises NotAffine, its message
+    beginning with the unit."""
+    block_at = {block.path: block for block in blocks}
     fitters = {dtype: CostFitter(steps) for dtype, steps in traces.items()}
     calls = _calls(traces)
     units = []
@@ -261,9 +259,10 @@ def make_units(traces: Mapping[ComputeDtypeName, Sequence[StepRun]], kinds: Mapp
     for position, call in enumerate(calls):
         costs = {dtype: _naming(call.path, fitter.block, position) for dtype, fitter in fitters.items()}
         paths.append(call.path)
-        last = position + 1 == len(calls) or kinds[calls[position + 1].path] != kinds[call.path]
+        block = block_at[call.path]
+        last = position + 1 == len(calls) or block_at[calls[position + 1].path].kind != block.kind
         if last or {dtype: fitter.block(position + 1) for dtype, fitter in fitters.items()} != costs:
-            units.append(_unit("block", tuple(paths), costs, kinds[call.path]))
+            units.append(_unit("block", tuple(paths), costs, block))
             paths = []
     units.append(_unit("head", (), {d: _naming(HEAD, f.outside, HEAD) for d, f in fitters.items()}))
     return tuple(units)
@@ -284,7 +283,10 @@ def _naming(unit: str, cost: Any, argument: Any) -> UnitCost:
         raise NotAffine(f"{unit}: {error}") from error
 
 
-def _unit(kind: UnitKind, paths: tuple[str, ...], costs: dict[ComputeDtypeName, UnitCost], make: str = "") -> Unit:
+def _unit(
+    kind: UnitKind, paths: tuple[str, ...], costs: dict[ComputeDtypeName, UnitCost], block: Block | None = None
+) -> Unit:
     content = json.dumps({dtype: asdict(cost) for dtype, cost in costs.items()}, sort_keys=True)
-    fingerprint = hashlib.sha256(f"{kind} {make} {content}".encode()).hexdigest()[:16]
-    return Unit(kind=kind, paths=paths, fingerprint=fingerprint, costs=costs)
+    fingerprint = hashlib.sha256(f"{kind} {block.kind if block else ''} {content}".encode()).hexdigest()[:16]
+    module = type(block.module).__name__ if block else ""
+    return Unit(kind=kind, paths=paths, fingerprint=fingerprint, costs=costs, module=module)

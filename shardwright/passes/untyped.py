@@ -23,6 +23,11 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled under a mode of ours, and the guard against it would cost more than what they do."""
+        return False
+
 
 def apply(function: type[Function], *arguments: Any) -> Any:
     """Calls an autograd function."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
+from shardwright.schemas.checks import divisors
+
 Operation = Literal["all_gather", "reduce_scatter", "all_reduce", "broadcast"]
 
 
@@ -51,7 +53,7 @@ class Shards:
 
 def spreads(cluster: Spread) -> tuple[Spread, ...]:
     """Every mesh that divides a cluster and uses a node up before it takes another (section 4.2), smallest first."""
-    sizes = product(_divisors(cluster.nodes), _divisors(cluster.per_node))
+    sizes = product(divisors(cluster.nodes), divisors(cluster.per_node))
     return tuple(Spread(s1, s0) for s1, s0 in sizes if s1 == 1 or s0 == cluster.per_node)
 
 
@@ -97,7 +99,3 @@ def communication_seconds(
         over = parameters.within(states)
         total += over.size * seconds("broadcast", 2 * numel / states.size, over)
     return total
-
-
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(size for size in range(1, number + 1) if number % size == 0)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from shardwright.schemas.profile import KEPT_BY_SELECTIVE, Affine, BackwardMoment, Operator, Policy, UnitCost
 
@@ -48,8 +49,8 @@ class Keeping:
         results = _sum(cost.operators[at].results for at in chosen)
         elsewhere = _sum(call.elsewhere for call in cost.calls if call.operator in chosen)
         return cls(
-            saved=_sum([cost.saved["full"], _less(results, elsewhere)]),
-            backward_moments=_moments(cost, chosen, _sum([elsewhere, cost.crossing])),
+            saved=cost.saved["full"].plus(_less(results, elsewhere)),
+            backward_moments=_moments(cost, chosen, elsewhere.plus(cost.crossing)),
             recomputed=_recomputed(cost, chosen),
             leaving=elsewhere,
         )
@@ -99,10 +100,10 @@ def _moments(cost: UnitCost, chosen: set[int], more: Affine) -> tuple[BackwardMo
     moments, taken = [BackwardMoment(_NOTHING, 0, False), *cost.moments_before], _NOTHING
     for call in cost.calls:
         if call.again:
-            taken = _sum([taken, call.results]) if call.operator in chosen else taken
+            taken = taken.plus(call.results) if call.operator in chosen else taken
             moments.append(BackwardMoment(_less(call.alive, taken), made, False))
     moments += [moment._replace(bytes=_less(moment.bytes, taken)) for moment in cost.moments_after]
-    distinct = list(dict.fromkeys(moment._replace(bytes=_sum([moment.bytes, more])) for moment in moments))
+    distinct = list(dict.fromkeys(moment._replace(bytes=moment.bytes.plus(more)) for moment in moments))
     return tuple(one for one in distinct if not any(_exceeds(other, one) for other in distinct if other is not one))
 
 
@@ -131,10 +132,7 @@ def _recomputed(cost: UnitCost, chosen: set[int]) -> tuple[Operator, ...]:
 
 
 def _sum(lines: Iterable[Affine]) -> Affine:
-    constants, slopes = 0, 0
-    for line in lines:
-        constants, slopes = constants + line.constant, slopes + line.slope
-    return Affine(constants, slopes)
+    return reduce(Affine.plus, lines, Affine(0, 0))
 
 
 def _less(line: Affine, other: Affine) -> Affine:

@@ -9,7 +9,7 @@ from math import prod
 from shardwright.planner.engines import ENGINES, EngineName
 from shardwright.planner.precisions import PRECISIONS, Precision, permitted_precisions
 from shardwright.schemas.base import permits
-from shardwright.schemas.checks import shard_degrees
+from shardwright.schemas.checks import divisors, shard_degrees
 from shardwright.schemas.cluster import ClusterSpec, LevelSpec
 from shardwright.schemas.job import Degree, JobSpec
 from shardwright.schemas.plan import Checkpointing, Decision, Engine, Mesh, MeshAxis, States, StateSharding
@@ -105,7 +105,7 @@ def micro_batches(job: JobSpec) -> tuple[int, ...]:
     per_device, rest = divmod(job.train.global_batch_sequences, job.cluster.world_size)
     if rest:
         return ()
-    return tuple(size for size in _divisors(per_device) if permits(job.strategy.micro_batch, size))
+    return tuple(size for size in divisors(per_device) if permits(job.strategy.micro_batch, size))
 
 
 def profiled(profile: ModelProfile, precision: Precision) -> bool:
@@ -223,7 +223,3 @@ def _kept(job: JobSpec, engine: EngineName) -> tuple[bool | None, ...]:
     if not ENGINES[engine].shards:
         return (None,)
     return tuple(kept for kept in (False, True) if permits(job.strategy.reshard_after_forward, not kept))
-
-
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(size for size in range(1, number + 1) if number % size == 0)

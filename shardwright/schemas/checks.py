@@ -115,12 +115,12 @@ def _batch(job: JobSpec) -> Iterator[Diagnostic]:
     local = sequences // world
     choice = job.strategy.micro_batch
     if choice != "auto" and not any(local % size == 0 for size in choice):
-        divisors = [str(size) for size in range(1, local + 1) if local % size == 0]
+        possible = [str(size) for size in divisors(local)]
         sizes = join([str(size) for size in choice], "or")
         yield Diagnostic(
             key="strategy.micro_batch",
             message=f"the {local} sequences of a device do not divide into micro-batches of {sizes}",
-            suggestion=f"write {join(divisors[-8:], 'or')}",
+            suggestion=f"write {join(possible[-8:], 'or')}",
         )
 
 
@@ -204,11 +204,11 @@ def shard_degrees(cluster: ClusterSpec) -> tuple[int, ...]:
     below = accumulate((level.size for level in cluster.levels), mul, initial=1)
     return tuple(
         sorted(
-            {
-                inner * part
-                for inner, level in zip(below, cluster.levels, strict=False)
-                for part in range(1, level.size + 1)
-                if level.size % part == 0
-            }
+            {inner * part for inner, level in zip(below, cluster.levels, strict=False) for part in divisors(level.size)}
         )
     )
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """The whole numbers that divide a number, smallest first."""
+    return tuple(part for part in range(1, number + 1) if number % part == 0)

@@ -14,6 +14,7 @@ from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.expected import nearest
 from shardwright.schemas.hugging_face import architecture
 from shardwright.schemas.job import JobSpec
+from shardwright.schemas.paths import is_file, is_folder
 from shardwright.schemas.weights import check_weights
 
 TOKEN_BYTES = {".u8": 1, ".u16": 2, ".u32": 4}
@@ -25,8 +26,8 @@ def expand(patterns: Sequence[str], folder: Path) -> tuple[str, ...]:
     patterns match comes twice, and the name of a file is no pattern: the emitted script reads the same list."""
     found: list[str] = []
     for pattern in patterns:
-        names = [pattern] if _is_file(folder / pattern) else glob(pattern, root_dir=folder, recursive=True)
-        found += sorted((name for name in names if _is_file(folder / name)), key=Path)
+        names = [pattern] if is_file(folder / pattern) else glob(pattern, root_dir=folder, recursive=True)
+        found += sorted((name for name in names if is_file(folder / name)), key=Path)
     return tuple(found)
 
 
@@ -119,10 +120,10 @@ def _masks(key: str, masks: Sequence[Path], tokens: Sequence[tuple[Path, int]]) 
 
 def _configuration(written: str, folder: Path) -> Iterator[Diagnostic]:
     path = folder / written
-    is_folder = _is_folder(path)
-    file = path / "config.json" if is_folder else path
-    if not _is_file(file):
-        missing = f"the folder '{written}' holds no config.json" if is_folder else f"there is no file '{written}'"
+    in_folder = is_folder(path)
+    file = path / "config.json" if in_folder else path
+    if not is_file(file):
+        missing = f"the folder '{written}' holds no config.json" if in_folder else f"there is no file '{written}'"
         suggestion = "nothing is fetched from the hub: save the model's config.json beside the job and name its path"
         yield Diagnostic(key="model.hf", message=missing, suggestion=suggestion)
         return
@@ -198,18 +199,3 @@ def _names(statement: ast.AST) -> Iterator[str]:
         yield from ((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
     elif isinstance(statement, ast.Name) and isinstance(statement.ctx, ast.Store):
         yield statement.id
-
-
-def _is_file(path: Path) -> bool:
-    """`Path.is_file`, for names that the file system cannot even look up (too long) as well."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False

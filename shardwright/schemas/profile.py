@@ -51,6 +51,10 @@ class Affine(NamedTuple):
         """The value for a micro-batch of that many sequences."""
         return self.constant + self.slope * micro_batch
 
+    def plus(self, other: Affine) -> Affine:
+        """The sum of both at every micro-batch."""
+        return Affine(self.constant + other.constant, self.slope + other.slope)
+
 
 _NOTHING = Affine(0, 0)
 

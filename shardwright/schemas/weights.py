@@ -19,6 +19,7 @@ from typing import Any
 from shardwright.schemas.diagnostics import Diagnostic, shown
 from shardwright.schemas.expected import nearest
 from shardwright.schemas.job import ModelSpec
+from shardwright.schemas.paths import is_file, is_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,7 +49,7 @@ def weights_folder(model: ModelSpec, folder: Path) -> str | None:
         return None if model.weights == "random" else model.weights
     if not isinstance(model.hf, str):
         return None
-    return model.hf if _is_folder(folder / model.hf) else str(Path(model.hf).parent)
+    return model.hf if is_folder(folder / model.hf) else str(Path(model.hf).parent)
 
 
 def check_weights(model: ModelSpec, folder: Path) -> Iterator[Diagnostic]:
@@ -62,7 +63,7 @@ def check_weights(model: ModelSpec, folder: Path) -> Iterator[Diagnostic]:
         yield Diagnostic(key=KEY, message=f"`load` takes the files beside the configuration; {what}", suggestion=hint)
         return
     path = folder / written
-    if not _is_folder(path):
+    if not is_folder(path):
         near = nearest(written, ["random", "load"])
         hint = f"did you mean `{near}`?" if near else "nothing is fetched from the hub: save the files beside the job"
         yield Diagnostic(key=KEY, message=f"there is no folder {shown(written)}", suggestion=hint)
@@ -82,7 +83,7 @@ def stored_dtype(path: Path) -> str | None:
     """The dtype of most floating-point numbers of a folder of weights, by its name in the format ("BF16"); None where
     nothing can be read or there are none."""
     amounts: dict[str, int] = {}
-    if not _is_folder(path):
+    if not is_folder(path):
         return None
     try:
         for file in _files(path):
@@ -96,15 +97,15 @@ def stored_dtype(path: Path) -> str | None:
 
 def _files(path: Path) -> Iterator[Path]:
     """The files that the weights lie in. Raises _Unfit for an index that does not say."""
-    if _is_file(path / SINGLE):
+    if is_file(path / SINGLE):
         yield path / SINGLE
-    elif _is_file(path / INDEX):
+    elif is_file(path / INDEX):
         for name in _indexed(path / INDEX):
-            if not _is_file(path / name):
+            if not is_file(path / name):
                 raise _Unfit(f"{INDEX} names {shown(name)}, which is not there")
             yield path / name
     else:
-        yield from sorted(file for file in path.glob("*.safetensors") if _is_file(file))
+        yield from sorted(file for file in path.glob("*.safetensors") if is_file(file))
 
 
 def _indexed(path: Path) -> list[str]:
@@ -187,17 +188,3 @@ def _no_safetensors(path: Path, written: str) -> Diagnostic:
         suggestion="convert it where you trust it: from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of the model's "
         "class in transformers",
     )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False

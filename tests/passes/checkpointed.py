@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from passes.reference import DTYPES
+from passes.reference import DTYPES, changed_forwards
 from shardwright.passes.build import build_model
 from shardwright.passes.contract import make_contract
 from shardwright.passes.fake import fake_mode, faked
@@ -102,27 +101,6 @@ class _Modules:
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@contextmanager
-def _changed(
-    blocks: Sequence[torch.nn.Module], wrap: Callable[[Any], Any], dtype: torch.dtype | None
-) -> Iterator[None]:
-    def cast(_: Any, args: Any, kwargs: Any) -> Any:
-        return tree_map(
-            lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, (args, kwargs)
-        )
-
-    handles = [block.register_forward_pre_hook(cast, with_kwargs=True) for block in blocks if dtype]
-    for block in blocks:
-        block.forward = wrap(block.forward)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block in blocks:
-            vars(block).pop("forward", None)
-
-
 def measure(
     job: JobSpec, folder: Path, paths: Sequence[str], dtype: str, micro_batch: int, keep: Names | None
 ) -> Measured:
@@ -155,7 +133,7 @@ def measure(
 
                 return call
 
-            with _changed(blocks, wrap, DTYPES[dtype]):
+            with changed_forwards(blocks, [wrap] * len(blocks), DTYPES[dtype]):
                 args, kwargs = contract.arguments(batch)
                 with log:
                     loss = contract.loss(model(*args, **kwargs), batch)

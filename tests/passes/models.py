@@ -40,6 +40,17 @@ class Model(nn.Module):
 build = Model
 """
 
+NOT_EXPORTED = """
+class Odd(Block):
+    def forward(self, x):
+        if torch.compiler.is_exporting():
+            raise RuntimeError("not me")
+        return super().forward(x)
+class build(Model):
+    block = Odd
+"""
+"""More of it, which `torch.export` refuses."""
+
 
 def profile_of(
     folder: Path,

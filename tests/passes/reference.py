@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -111,16 +111,23 @@ def _cast(dtype: torch.dtype | None, args: Any, kwargs: Any) -> Any:
     return tree_map(cast, (args, kwargs)) if dtype else (args, kwargs)
 
 
+def _checkpointed(forward: Any) -> Any:
+    """As an emitted script does it."""
+    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+
 @contextmanager
-def _changed_forwards(blocks: Sequence[torch.nn.Module], recomputed: int, dtype: torch.dtype | None) -> Iterator[None]:
-    """Blocks that cast their inputs as FSDP2 does, the first ones checkpointed as an emitted script does it."""
+def changed_forwards(
+    blocks: Sequence[torch.nn.Module], wraps: Sequence[Callable[[Any], Any]], dtype: torch.dtype | None
+) -> Iterator[None]:
+    """Blocks that cast their inputs as FSDP2 does, the first ones with the forwards that `wraps` makes of theirs."""
 
     def cast_inputs(_: Any, args: Any, kwargs: Any) -> Any:
         return _cast(dtype, args, kwargs)
 
     handles = [block.register_forward_pre_hook(cast_inputs, with_kwargs=True) for block in blocks if dtype]
-    for block in blocks[:recomputed]:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    for block, wrap in zip(blocks, wraps, strict=False):
+        block.forward = wrap(block.forward)
     try:
         yield
     finally:
@@ -153,7 +160,8 @@ def measure_whole(
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             alive = AliveBytes(parameters, [*model.buffers(), *batch.values()])
             flops: list[int] = []
-            with _changed_forwards([model.get_submodule(path) for path in block_paths], recomputed, cast):
+            blocks = [model.get_submodule(path) for path in block_paths]
+            with changed_forwards(blocks, [_checkpointed] * recomputed, cast):
                 with alive:
                     loss = _loss(model, contract, batch, cast)
                 edge, one = get_gradient_edge(loss), torch.ones_like(loss)

@@ -10,7 +10,7 @@ import pytest
 
 from passes.exports import graph_of, job
 from passes.jobs import GPT2, LLAMA, make_job
-from passes.models import HEADER, profile_of
+from passes.models import HEADER, NOT_EXPORTED, profile_of
 from shardwright.passes import model_graph, profile_model
 from shardwright.passes.cuts import live_sets
 from shardwright.passes.graph import make_graph
@@ -71,16 +71,7 @@ def test_different_blocks_have_their_own_cuts(tmp_path: Path) -> None:
 
 
 def test_what_export_cannot_trace_is_cut_all_the_same(tmp_path: Path) -> None:
-    source = """
-    class Odd(Block):
-        def forward(self, x):
-            if torch.compiler.is_exporting():
-                raise RuntimeError("not me")
-            return super().forward(x)
-    class build(Model):
-        block = Odd
-    """
-    profile = profile_of(tmp_path, source)
+    profile = profile_of(tmp_path, NOT_EXPORTED)
     assert profile.cuts == tuple(Cut(after=path, tensors=1, bytes=STREAM) for path in BLOCKS)
     assert len(profile.edges) == len(BLOCKS)
     (warning,) = profile.warnings

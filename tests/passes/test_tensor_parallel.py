@@ -12,7 +12,7 @@ import torch
 
 from passes.exports import HUGGING_FACE, graph_of
 from passes.jobs import LLAMA, make_job
-from passes.models import profile_of
+from passes.models import NOT_EXPORTED, profile_of
 from passes.processes import Processes
 from shardwright.passes import profile_model
 from shardwright.passes.tensor_parallel import Division
@@ -334,16 +334,7 @@ def test_fused_projections_are_cut_in_parts(tmp_path: Path) -> None:
 
 
 def test_without_a_graph_every_matrix_is_unknown(tmp_path: Path) -> None:
-    source = """
-    class Odd(Block):
-        def forward(self, x):
-            if torch.compiler.is_exporting():
-                raise RuntimeError("not me")
-            return super().forward(x)
-    class build(Model):
-        block = Odd
-    """
-    for role, units, reason in _of(tmp_path, source).values():
+    for role, units, reason in _of(tmp_path, NOT_EXPORTED).values():
         assert (role, units) == ("unknown", 0)
         assert re.search(r"user\.py:\d+.*not me", reason)
 

@@ -99,7 +99,6 @@ class Run:
 class Place:
     """Where a parameter lies in the bucket's whole buffer."""
 
-    name: str
     parameter: nn.Parameter
     start: int
     shape: torch.Size
@@ -112,20 +111,18 @@ class Place:
 class Bucket:
     """The trainable (or the frozen) parameters of one unit."""
 
-    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], levels: Levels, dtype: torch.dtype) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], levels: Levels, dtype: torch.dtype) -> None:
         self.levels, self.dtype = levels, dtype
-        self.trainable = parameters[0][1].requires_grad
-        device = parameters[0][1].device
+        self.trainable = parameters[0].requires_grad
         # Parameters that the optimizer treats alike lie side by side, so that each kind is one run of any slice.
-        ordered = sorted(parameters, key=lambda named: named[1].ndim < 2)
         self.places, end = [], 0
-        for name, parameter in ordered:
-            self.places.append(Place(name, parameter, end, parameter.shape))
+        for parameter in sorted(parameters, key=lambda each: each.ndim < 2):
+            self.places.append(Place(parameter, end, parameter.shape))
             end += parameter.numel()
         rest = self.levels.optimizer_states if self.trainable else self.levels.parameters
         self.numel, quantum = end, levels.degree(rest) * _ALIGNMENT
         self.padded = -(-end // quantum) * quantum
-        start = torch.zeros(self.padded, dtype=torch.float32, device=device)
+        start = torch.zeros(self.padded, dtype=torch.float32, device=parameters[0].device)
         for place in self.places:
             place.view(start).copy_(place.parameter.detach())
         self.whole = start.to(dtype)
@@ -279,9 +276,9 @@ class ShardedStates:
 
     def shard(self, unit: nn.Module, *, root: bool = False) -> None:
         """Takes the parameters of a unit over that no other unit has: they keep their names and become views."""
-        named = [(name, p) for name, p in unit.named_parameters() if p not in self._taken]
-        self._taken.update(p for _, p in named)
-        kinds = [[(n, p) for n, p in named if p.requires_grad is trainable] for trainable in (True, False)]
+        own = [parameter for parameter in unit.parameters() if parameter not in self._taken]
+        self._taken.update(own)
+        kinds = [[parameter for parameter in own if parameter.requires_grad is trains] for trains in (True, False)]
         buckets = [Bucket(kind, self.levels, self.dtype) for kind in kinds if kind]
         index = len(self.units)
         self.units.append(buckets)
@@ -303,7 +300,6 @@ class ShardedStates:
         return tree_map(lambda v: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
 
     def _before_model(self, args: Any, kwargs: Any) -> Any:
-        self._gather(len(self.units) - 1)
         self._wait(len(self.units) - 1)
         self._gather(0)
         return self._cast((args, kwargs))
