@@ -3,13 +3,13 @@
 It needs no torch: everything that it knows of a model stands in the profile.
 """
 
+from shardwright.planner.at_rest import at_rest_bytes
 from shardwright.planner.collectives import ddp_buckets, step_collectives
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES, EngineName, EngineTraits
 from shardwright.planner.lr_schedules import LR_SCHEDULES
 from shardwright.planner.optimizers import OPTIMIZERS, OptimizerTraits
 from shardwright.planner.plans import evaluate, make_plan
 from shardwright.planner.precisions import PRECISIONS, PrecisionTraits, needed_dtypes
-from shardwright.planner.sharding import at_rest_bytes
 
 __all__ = [
     "DDP_BUCKET_CAP_MIB",

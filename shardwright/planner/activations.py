@@ -1,8 +1,9 @@
 """Activation bytes at the moments of a step at which memory may peak, whatever engine runs it.
 
 The profile says who counts what ([Note: who counts a boundary] in schemas/profile.py). Within a run of equal blocks
-everything is linear in the block's position, but for the model's first block, before which nothing is prefetched, and
-its last, behind which nothing is being reduced: so the worst is among the two blocks at either end of a run.
+everything is linear in the block's position, but for the model's first blocks, before which nothing is prefetched, and
+its last, behind which nothing is being reduced: so the worst is among the blocks at either end of a run, two for
+engines that are one block ahead.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Literal, NamedTuple
 from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, Policy, Unit, UnitCost
 
 MomentName = Literal[
+    "root gather",
     "embedding forward",
     "block gather",
     "block forward",
+    "second copy",
     "head and loss",
     "loss backward",
     "head backward",
@@ -27,8 +30,9 @@ MomentName = Literal[
     "root gradient reduction",
 ]
 """In the order of a step. `block gather` and `backward gather`: a block's parameters are gathered before its forward or
-backward. `loss backward`: before the gradient of what the model returned is known. `gradient reduction`: a block's
-backward has ended, its gradients are handed over."""
+backward. `second copy`: after its forward, a part of them is copied before they are freed. `loss backward`: before
+the gradient of what the model returned is known. `gradient reduction`: a block's backward has ended, its gradients
+are handed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +99,34 @@ class ActivationBytes:
             kinds[unit.kind].append(_evaluate(unit, dtype, micro_batch))
         return cls(tuple(kinds["embedding"]), tuple(kinds["block"]), tuple(kinds["head"]))
 
-    def moments(self, checkpointed: int) -> Iterator[Moment]:
-        """Every moment at which memory may peak when the first `checkpointed` blocks are recomputed."""
+    def moments(self, checkpointed: int, ends: int = 2) -> Iterator[Moment]:
+        """Every moment at which memory may peak when the first `checkpointed` blocks are recomputed, in so many blocks
+        at either end of a run."""
         runs = self._runs(checkpointed)
-        start = sum(unit.kept(checkpointed) for unit in self.embedding)
-        end = runs[-1].before + runs[-1].count * runs[-1].saved if runs else start
+        yield Moment("root gather", -1, 0, 0)
         for unit in self.embedding:
             yield Moment("embedding forward", -1, 0, unit.forward_peak)
         for run in runs:
-            for block in run.ends():
-                yield Moment("block gather", block, run.before + (block - run.first) * run.saved + run.output, 0)
-            alive = run.before + (run.count - 1) * run.saved + run.output
-            yield Moment("block forward", run.first + run.count - 1, alive, run.forward_peak)
+            for block in run.ends(ends):
+                alive = run.before + (block - run.first) * run.saved + run.output
+                yield Moment("block gather", block, alive, 0)
+                yield Moment("block forward", block, alive, run.forward_peak)
+                yield Moment("second copy", block, alive + run.saved, 0)
+        yield from self.head_moments(checkpointed)
+        for run in runs:
+            for block in run.ends(ends):
+                yield from run.backward_of(block)
+        for unit in self.embedding:
+            for bytes_, gradients, _ in unit.backward:
+                saved = unit.kept(checkpointed)
+                yield Moment("embedding backward", -1, saved, bytes_ + unit.output, gradients=gradients)
+        yield Moment("root gradient reduction", -1, 0, 0)
+
+    def head_moments(self, checkpointed: int) -> Iterator[Moment]:
+        """The moments of the head's forward and backward, when everything is alive that blocks keep."""
+        runs = self._runs(checkpointed)
+        start = sum(unit.kept(checkpointed) for unit in self.embedding)
+        end = runs[-1].before + runs[-1].count * runs[-1].saved if runs else start
         boundary = runs[-1].output if runs else 0
         for unit in self.head:
             in_loss = any(moment.in_loss for moment in unit.backward)
@@ -116,14 +136,6 @@ class ActivationBytes:
                 name: MomentName = "loss backward" if in_loss else "head backward"
                 alive = unit.kept(checkpointed) + bytes_
                 yield Moment(name, -1, end, alive, gradients=gradients, in_loss=in_loss)
-        for run in runs:
-            for block in run.ends():
-                yield from run.backward_of(block)
-        for unit in self.embedding:
-            for bytes_, gradients, _ in unit.backward:
-                saved = unit.kept(checkpointed)
-                yield Moment("embedding backward", -1, saved, bytes_ + unit.output, gradients=gradients)
-        yield Moment("root gradient reduction", -1, 0, 0)
 
     def _runs(self, checkpointed: int) -> Sequence[_Run]:
         """The blocks as runs of equal ones; the run in which checkpointing ends is divided there."""
@@ -164,10 +176,10 @@ class _Run:
             yield Moment("block backward", block, before + self.saved, alive, self.recomputed, gradients)
         yield Moment("gradient reduction", block, before, self.output)
 
-    def ends(self) -> tuple[int, ...]:
-        """The two blocks at either end, each once."""
-        last = self.first + self.count - 1
-        return tuple(sorted({self.first, min(self.first + 1, last), max(last - 1, self.first), last}))
+    def ends(self, blocks: int) -> tuple[int, ...]:
+        """So many blocks at either end, each once."""
+        inside = range(self.first, self.first + self.count)
+        return tuple(dict.fromkeys((*inside[:blocks], *inside[-blocks:])))
 
 
 def _evaluate(unit: Unit, dtype: ComputeDtypeName, micro_batch: int) -> UnitBytes:

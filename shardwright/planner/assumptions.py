@@ -29,6 +29,13 @@ def assumptions(point: Point, cluster: ClusterSpec, profile: ModelProfile) -> tu
     if point.engine == "ddp":
         value = f"{DDP_BUCKET_CAP_MIB} MiB, filled in reverse order of registration"
         listed.append(Assumption(name="gradient buckets", value=value, origin="default", source="set in the script"))
+    if point.engine == "fsdp2" and point.secondary is not None:
+        value = "the memory of their communicators is not counted"
+        source = "torch 2.13 makes two process groups for every block (_fsdp_init.py, `_get_post_forward_mesh_info`)"
+        listed.append(Assumption(name="groups of the second copy", value=value, origin="default", source=source))
+    if point.world > 1:
+        traits = ENGINES[point.engine]
+        listed.append(Assumption(name="engine", value=point.engine, origin="measured", source=traits.run_on))
     return tuple(listed)
 
 

@@ -3,12 +3,14 @@
 [Note: what each engine communicates]
 fsdp2, per parameter group (each block, and the root): one all-gather of the padded group in the compute dtype before
 its forward and, where it is freed after forward, one before its backward; the root is gathered once a micro-batch.
-Parameters kept for the step are gathered once. One reduce-scatter of the padded gradients in float32 per group and
-micro-batch, or once per step where whole gradients accumulate. On a 2-D mesh one all-reduce of the reduce-scatter's
-output per group and step. Over a shard group of one there is neither gather nor reduce-scatter.
+Parameters kept for the step are gathered once; a block's second copy is gathered for backward over the devices that it
+is spread over (torch 2.13, _fsdp_param.py, `to_sharded_post_forward`). One reduce-scatter of the padded gradients in
+float32 per group and micro-batch, or once per step where whole gradients accumulate. On a 2-D mesh one all-reduce of
+the reduce-scatter's output per group and step. Over a shard group of one there is neither gather nor reduce-scatter.
 ddp: one all-reduce per bucket and step. Buckets are filled in the order in which gradients become ready and closed as
 soon as they hold the cap (torch 2.13, reducer.cpp, `compute_bucket_assignment_by_size`); that order is taken to be the
 reverse of registration, so above one cap's worth of gradients the sizes (not their sum) may differ.
+amsp: one chain of collectives per bucket, one collective an axis (planner/flat.py).
 The gradient norm of DTensors is one all-reduce over dp_shard of one float32 per gradient.
 All of it was counted in running processes on torch 2.13 (tests/planner).
 """
@@ -19,9 +21,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.flat import step_sends
 from shardwright.planner.groups import Groups
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
-from shardwright.planner.space import Point
+from shardwright.planner.space import Point, axis_name
 from shardwright.schemas.plan import Collective
 from shardwright.schemas.profile import Parameter
 
@@ -55,33 +58,48 @@ def ddp_buckets(parameters: Sequence[Parameter], cap_bytes: int) -> list[int]:
     return [*buckets, filled] if filled else buckets
 
 
-def parameter_gathers(point: Point) -> tuple[int, int]:
-    """All-gathers per step of one block's group and of the root's."""
-    if point.kept:
-        return 1, 1
-    return 2 * point.accumulation, point.accumulation
-
-
 def gradient_reductions(point: Point) -> int:
     """Reduce-scatters per step of one group."""
     return 1 if point.gradients_wait else point.accumulation
 
 
 def _states(point: Point, groups: Groups, cap: int) -> Iterator[tuple[Collective, int]]:
+    if ENGINES[point.engine].flat:
+        yield from _flat(point, groups)
+        return
     if not ENGINES[point.engine].shards:
         for size in ddp_buckets(groups.profile.parameters, cap):
             yield _call("all_reduce", "dp_replicate", point.world, size, "gradients"), 1
         return
     sizes = groups.sizes(point.shard)
     compute = PRECISIONS[point.precision].compute_bytes
-    block_gathers, root_gathers = parameter_gathers(point)
-    for elements, gathers in ((sizes.root, root_gathers), *((block, block_gathers) for block in sizes.blocks)):
-        yield _call("all_gather", "dp_shard", point.shard, compute * elements, "parameters"), gathers
+    once = 1 if point.kept else point.accumulation
+    for elements in (*sizes.blocks, sizes.root):
+        yield _call("all_gather", "dp_shard", point.shard, compute * elements, "parameters"), once
+    for elements in () if point.kept else sizes.blocks:
+        again = point.secondary or point.shard
+        yield _call("all_gather", "dp_shard", again, compute * elements, "parameters"), point.accumulation
     for elements in (*sizes.block_gradients, sizes.root_gradients):
         size = MASTER_BYTES * elements
         yield _call("reduce_scatter", "dp_shard", point.shard, size, "gradients"), gradient_reductions(point)
         yield _call("all_reduce", "dp_replicate", point.replicas, size // point.shard, "gradients"), 1
     yield _call("all_reduce", "dp_shard", point.shard, MASTER_BYTES * sizes.tensors, "grad_norm"), 1
+
+
+def _flat(point: Point, groups: Groups) -> Iterator[tuple[Collective, int]]:
+    layout = point.chain
+    sends = step_sends(
+        layout,
+        groups.flat(layout),
+        element=PRECISIONS[point.precision].compute_bytes,
+        accumulation=point.accumulation,
+        kept=bool(point.kept),
+        int8_gathers=point.int8_gathers,
+        int4_reductions=point.int4_reductions,
+    )
+    for send, count in sends.items():
+        size = layout.sizes[send.axis]
+        yield _call(send.kind, axis_name(send.axis), size, send.bytes, send.purpose), count
 
 
 def _metrics(point: Point) -> Iterator[tuple[Collective, int]]:

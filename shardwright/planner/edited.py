@@ -8,11 +8,12 @@ from math import prod
 
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.explain import misses
+from shardwright.planner.layouts import level_ends
 from shardwright.planner.precisions import PRECISIONS, QUALITIES
 from shardwright.planner.predict import Predictor
 from shardwright.planner.search import measure
-from shardwright.planner.space import Point, block_count, point_of, profiled, unshardable
-from shardwright.schemas.checks import shard_degrees
+from shardwright.planner.space import Point, axis_name, block_count, point_of, profiled, unshardable
+from shardwright.schemas.checks import divisors, shard_degrees
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Decision
@@ -22,9 +23,12 @@ from shardwright.schemas.profile import ModelProfile
 def checked_point(predictor: Predictor, decision: Decision) -> Point:
     """The point that a decision states. Raises InputError with a diagnostic for everything that is wrong with it."""
     job, profile = predictor.job, predictor.profile
+    flat = ENGINES[decision.engine.name].flat
     wrong = [
         *_mesh(job, decision),
-        *_states(job, decision),
+        *(_flat_states(job, decision) if flat else _states(job, decision)),
+        *_secondary(decision),
+        *_communication(job, decision),
         *_engine(profile, decision),
         *_batch(job, decision),
         *_checkpointing(profile, decision),
@@ -51,7 +55,7 @@ def _mesh(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
         yield _wrong(
             "mesh.axes",
             f"the axes multiply to {sizes}, not to the world size {world}",
-            "give dp_replicate and dp_shard sizes whose product is the world size",
+            "give the axes sizes whose product is the world size",
         )
     names = [axis.name for axis in mesh.axes]
     wanted = _axis_names(decision)
@@ -62,6 +66,8 @@ def _mesh(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
 
 def _axis_names(decision: Decision) -> list[str]:
     world, shard = decision.mesh.world_size, decision.states.parameters.degree
+    if ENGINES[decision.engine.name].flat:
+        return [axis_name(index) for index in reversed(range(len(decision.mesh.axes)))]
     if not ENGINES[decision.engine.name].shards:
         return ["dp_replicate"] if world > 1 else []
     return ["dp_shard"] if shard >= world else ["dp_replicate", "dp_shard"]
@@ -91,6 +97,70 @@ def _states(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
         yield _wrong("states.gradients.degree", message, f"write {shard} or 1")
 
 
+def _flat_states(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
+    """amsp: every degree a product of the fastest axes, and optimizer states the widest."""
+    states = decision.states
+    axes = tuple(axis.size for axis in reversed(decision.mesh.axes))
+    ends = level_ends(axes)
+    named = {
+        "parameters": states.parameters,
+        "gradients": states.gradients,
+        "optimizer_states": states.optimizer_states,
+    }
+    if states.secondary is not None:
+        named["secondary"] = states.secondary
+    valid = [each for each in shard_degrees(job.cluster) if each in ends]
+    for name, state in named.items():
+        if state.degree not in valid:
+            message = f"{state.degree} devices are no product of the fastest axes {axes} that fills the levels evenly"
+            yield _wrong(f"states.{name}.degree", message, f"write one of {', '.join(map(str, valid))}")
+    widest = states.optimizer_states.degree
+    for name in ("parameters", "gradients"):
+        if named[name].degree > widest:
+            message = f"optimizer states over {widest} devices are sharded less than {name} over {named[name].degree}"
+            yield _wrong(f"states.{name}.degree", message, f"write at most {widest}")
+    if decision.accumulation == 1 and states.gradients.degree != widest:
+        message = "gradients accumulate over several micro-batches only, and there is one"
+        yield _wrong("states.gradients.degree", message, f"write {widest}")
+
+
+def _secondary(decision: Decision) -> Iterator[Diagnostic]:
+    """A second copy has to be narrower than what it is a copy of, and there while the block is not gathered."""
+    second, parameters = decision.states.secondary, decision.states.parameters.degree
+    if second is None:
+        return
+    if not 1 < second.degree < parameters or parameters % second.degree:
+        message = f"a second copy over {second.degree} devices of parameters over {parameters}"
+        between = [each for each in divisors(parameters) if 1 < each < parameters]
+        way = f"write one of {', '.join(map(str, between))}" if between else "write null"
+        yield _wrong("states.secondary.degree", message, way)
+    if not decision.engine.reshard_after_forward:
+        message = "a second copy is for parameters that are freed after forward"
+        yield _wrong("states.secondary", message, "write null, or `reshard_after_forward: true`")
+
+
+def _communication(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
+    """Fewer bits only over axes that carry such a collective, and where the job permits it."""
+    axes = list(reversed(decision.mesh.axes))
+    ends = level_ends(tuple(axis.size for axis in axes))
+    limits = {
+        "int8_gathers": decision.states.parameters.degree,
+        "int4_reductions": decision.states.optimizer_states.degree,
+    }
+    for name, limit in limits.items():
+        named = getattr(decision.communication, name)
+        usable = [axis.name for index, axis in enumerate(axes) if ends[index] < limit]
+        if not ENGINES[decision.engine.name].flat:
+            usable = []
+        for axis in named:
+            if axis not in usable:
+                way = f"write some of {', '.join(usable)}" if usable else "leave it empty"
+                yield _wrong(f"communication.{name}", f"nothing of that kind goes over `{axis}`", way)
+        if named and job.quality != "lossy":
+            message = f"`quality: {job.quality}` does not permit it"
+            yield _wrong(f"communication.{name}", message, "set `quality: lossy` in the job")
+
+
 def _engine(profile: ModelProfile, decision: Decision) -> Iterator[Diagnostic]:
     engine = decision.engine
     traits = ENGINES[engine.name]
@@ -102,14 +172,15 @@ def _engine(profile: ModelProfile, decision: Decision) -> Iterator[Diagnostic]:
             f"{layout['degree']}"
         )
         yield _wrong("engine.name", message, f"write {' or '.join(able)}" if able else "")
-    if traits.shards and engine.reshard_after_forward is None:
+    gathers = traits.shards and not (traits.flat and layout["degree"] == 1)
+    if gathers and engine.reshard_after_forward is None:
         message = "it must say whether gathered parameters are freed after forward"
         yield _wrong("engine.reshard_after_forward", message, "write true or false")
-    if not traits.shards and engine.reshard_after_forward is not None:
-        message = f"`{engine.name}` gathers no parameters"
+    if not gathers and engine.reshard_after_forward is not None:
+        message = f"`{engine.name}` gathers no parameters here"
         yield _wrong("engine.reshard_after_forward", message, "write null")
-    if traits.shards and unshardable(profile):
-        yield _wrong("engine.name", unshardable(profile))
+    if unshardable(profile, engine.name):
+        yield _wrong("engine.name", unshardable(profile, engine.name))
 
 
 def _batch(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:

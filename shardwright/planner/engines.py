@@ -9,7 +9,7 @@ from typing import Literal
 
 from shardwright.planner.precisions import Precision
 
-EngineName = Literal["single", "ddp", "fsdp2"]
+EngineName = Literal["single", "ddp", "fsdp2", "amsp"]
 
 DDP_BUCKET_CAP_MIB = 64
 """`bucket_cap_mb` of DistributedDataParallel. Given explicitly, it holds for every bucket, so that the buckets can be
@@ -29,6 +29,10 @@ class EngineTraits:
     """Whether parameters, gradients and optimizer states can be spread over `dp_shard`."""
     dtensors: bool
     """Whether the optimizer steps on DTensors."""
+    flat: bool = False
+    """Whether every state has a degree of its own, in flat buckets (planner/flat.py)."""
+    run_on: str
+    """On which hardware it has been run."""
 
     def runs(self, *, world: int, degree: int, precision: Precision) -> bool:
         """Whether it can run this world size, shard degree and precision together."""
@@ -38,6 +42,8 @@ class EngineTraits:
         return precision in self.least_degree and degree >= self.least_degree[precision]
 
 
+_STOCK = "part of PyTorch, which tests it on GPUs; the scripts have been run here on CPU with gloo"
+
 ENGINES: Mapping[EngineName, EngineTraits] = MappingProxyType(
     {
         "single": EngineTraits(
@@ -46,6 +52,7 @@ ENGINES: Mapping[EngineName, EngineTraits] = MappingProxyType(
             least_degree={"fp32": 1},
             shards=False,
             dtensors=False,
+            run_on=_STOCK,
         ),
         "ddp": EngineTraits(
             summary="DistributedDataParallel: everything replicated, gradients all-reduced in buckets",
@@ -53,6 +60,7 @@ ENGINES: Mapping[EngineName, EngineTraits] = MappingProxyType(
             least_degree={"fp32": 1},
             shards=False,
             dtensors=False,
+            run_on=_STOCK,
         ),
         # fp32 with everything replicated is left to `single` and `ddp`: fully_shard would copy each parameter that it
         # "gathers" over a group of one (torch 2.13, _fsdp_param_group.py, wait_for_unshard).
@@ -62,6 +70,16 @@ ENGINES: Mapping[EngineName, EngineTraits] = MappingProxyType(
             least_degree={"bf16_mixed": 1, "fp32": 2},
             shards=True,
             dtensors=True,
+            run_on=_STOCK,
+        ),
+        "amsp": EngineTraits(
+            summary="ShardedStates: parameters, gradients and optimizer states sharded independently in flat buckets",
+            worlds=(2, None),
+            least_degree={"bf16_mixed": 1, "fp32": 1},
+            shards=True,
+            dtensors=False,
+            flat=True,
+            run_on="run here on CPU with gloo; not yet on a GPU",
         ),
     }
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from math import isnan
 
-from shardwright.planner.names import summary
+from shardwright.planner.engines import ENGINES
+from shardwright.planner.names import family, summary
 from shardwright.planner.predict import Predictor
 from shardwright.planner.reasons import buys, shown
-from shardwright.planner.search import MEMORY_TIE, TIE, Candidate, Found, measure, timed
+from shardwright.planner.search import MEMORY_TIE, OWN_ENGINE_GAIN, TIE, Candidate, Predicate, Search, measure, timed
 from shardwright.planner.space import Point, block_count, decide, permitted_blocks
 from shardwright.schemas.plan import Alternative, Reason, TimePart
 from shardwright.schemas.units import human_bytes, human_seconds
@@ -18,25 +20,28 @@ MOST_ALTERNATIVES = 16
 
 REASONED: dict[str, Callable[[Point], object]] = {
     "engine.name": lambda point: point.engine,
-    "mesh": lambda point: point.shard,
+    "mesh": lambda point: point.axes or point.shard,
     "states.parameters": lambda point: point.shard,
-    "states.gradients": lambda point: point.gradients_wait,
-    "states.optimizer_states": lambda point: point.shard,
+    "states.gradients": lambda point: (point.gradients_wait, point.gradient_degree == point.optimizer_degree),
+    "states.optimizer_states": lambda point: point.optimizer_degree,
+    "states.secondary": lambda point: (point.secondary or 0) if point.kept is False and point.shard > 1 else None,
     "engine.reshard_after_forward": lambda point: point.kept,
     "micro_batch": lambda point: point.micro_batch,
     "accumulation": lambda point: point.accumulation,
     "checkpointing": lambda point: point.checkpointed,
     "precision": lambda point: point.precision,
+    "communication": lambda point: (point.int8_gathers, point.int4_reductions) if ENGINES[point.engine].flat else None,
 }
-"""Every key of the decision that the planner chooses, and what of a point it says."""
+"""Every key of the decision that the planner chooses, and what of a point it says; None where that is no choice."""
 
 
 class Explainer:
     """Compares all that was found with the point that was chosen."""
 
-    def __init__(self, predictor: Predictor, found: Found, chosen: Candidate, edited: frozenset[str]) -> None:
-        """`edited`: the reasoned keys that a person set, against the planner's choice."""
-        self._predictor, self._found, self._edited = predictor, found, edited
+    def __init__(self, predictor: Predictor, found: Search, chosen: Candidate, planned: Candidate | None) -> None:
+        """`planned`: the planner's own choice. What `chosen` decides otherwise, a person has set."""
+        self._predictor, self._found, self._planned = predictor, found, planned
+        self._edited = frozenset(() if planned is None else changed(planned.point, chosen.point))
         self._chosen = self._timed(chosen)
         self._blocks = block_count(predictor.profile)
         self._parts = {part.name: part for part in predictor.time.step(chosen.point).parts}
@@ -44,10 +49,10 @@ class Explainer:
     def alternatives(self) -> tuple[Alternative, ...]:
         """The best of each kind and those that differ from the chosen point in one decision; best first."""
         picked: dict[Point, Candidate] = {}
-        for candidate in (*self._neighbours(), *self._kinds()):
-            if candidate.point != self._chosen.point:
+        for candidate in (*self._neighbours(), *self._families(), *self._kinds()):
+            if candidate.point != self._chosen.point and len(picked) < MOST_ALTERNATIVES:
                 picked.setdefault(candidate.point, candidate)
-        best = sorted(picked.values(), key=self._order)[:MOST_ALTERNATIVES]
+        best = sorted(picked.values(), key=self._order)
         return tuple(self.alternative(candidate) for candidate in best)
 
     def alternative(self, candidate: Candidate) -> Alternative:
@@ -73,6 +78,10 @@ class Explainer:
             more = self._what_grows(candidate)
             slower = f"{_percent(ratio)} slower" if ratio < 1 else f"{1 + ratio:.3g} times as long"
             return f"{slower}: {times}{'; ' + more if more else ''}"
+        if ratio < -TIE and ENGINES[candidate.point.engine].flat and not self._edited:
+            gain = self._chosen.seconds / candidate.seconds - 1
+            least = f"{100 * OWN_ENGINE_GAIN:g} %"
+            return f"{_percent(gain)} faster ({times}), less than the {least} for which a stock engine is given up"
         if ratio < -TIE:
             return f"{_percent(-ratio)} faster ({times}), but the decision was edited by hand"
         close = f"as fast, within {100 * TIE:g} %"
@@ -85,7 +94,8 @@ class Explainer:
         """One for each key of the decision that the planner chooses."""
         decision = decide(self._chosen.point, self._predictor.job.cluster, self._blocks)
         for key, value_of in REASONED.items():
-            if value_of(self._chosen.point) is None:
+            exact = key == "communication" and self._predictor.job.quality != "lossy"
+            if exact or value_of(self._chosen.point) is None:
                 continue
             because = f"{self._price(key)}."
             if key not in self._edited:
@@ -94,8 +104,19 @@ class Explainer:
 
     # --- what is compared -------------------------------------------------------------------------------------------
 
+    def _families(self) -> Iterator[Candidate]:
+        """The best point of every method that has a name, or the one closest to fitting."""
+        for name in self._found.families:
+            other = self._best(partial(_is_of, name))
+            if other is not None:
+                yield other
+
+    def _best(self, where: Predicate) -> Candidate | None:
+        """One of the fastest that fit; where none does, the one that comes closest."""
+        return self._found.example(where) or self._found.closest(where)
+
     def _kinds(self) -> Iterator[Candidate]:
-        """The best of each kind: feasible ones come first in the search's order, then those closest to fitting."""
+        """The best of each kind that was predicted: feasible ones first, then those closest to fitting."""
         seen = set()
         for candidate in (*self._found.feasible, *self._found.infeasible):
             kind = replace(candidate.point, micro_batch=0, accumulation=0, checkpointed=0, gradient_degree=0)
@@ -120,12 +141,7 @@ class Explainer:
         if key == "checkpointing":
             return self._checkpointing_runner_up()
         value_of = REASONED[key]
-        others = (
-            candidate
-            for candidate in (*self._found.feasible, *self._found.infeasible)
-            if value_of(candidate.point) not in (value_of(chosen), None)
-        )
-        return next(others, None)
+        return self._best(lambda point: value_of(point) not in (value_of(chosen), None))
 
     def _checkpointing_runner_up(self) -> Candidate | None:
         """One block fewer where some are checkpointed, one more where none is."""
@@ -148,7 +164,7 @@ class Explainer:
 
     def _price(self, key: str) -> str:
         if key in self._edited:
-            best = self._found.feasible[0] if self._found.feasible else None
+            best = self._planned
             own = f"; the planner's choice is {summary(best.point, self._blocks)}" if best else ""
             return f"Set by hand{own}"
         other = self._runner_up(key)
@@ -180,6 +196,10 @@ def misses(predictor: Predictor, candidate: Candidate) -> str:
     return (
         f"needs {human_bytes(candidate.host)} of host memory on a node, {over} over the {human_bytes(limit)} there are"
     )
+
+
+def _is_of(name: str, point: Point) -> bool:
+    return family(point) == name
 
 
 def _percent(ratio: float) -> str:

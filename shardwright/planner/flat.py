@@ -2,11 +2,11 @@
 
 [Note: flat buckets]
 The trainable parameters of a group (a block, or all outside the blocks) lie side by side in one buffer, its frozen ones
-in another, each padded so that ALIGNMENT elements times the optimizer's degree (for frozen ones the parameters') divide
-it. Level j of the buffer is divided over the first j axes of the mesh, fastest first. Parameters rest at level p,
-gradients accumulate at level g in fp32, the optimizer works on fp32 values at level o. In fp32 these are a part of the
-parameters at rest; otherwise they are a copy. (AMSP, arXiv 2311.00257, section 3: shard factors of parameters,
-gradients and optimizer states, independent of each other but for s_os >= s_g, s_p.)
+in another, each padded so that the alignment times the optimizer's degree divides it. Level j of the buffer is
+divided over the first j axes of the mesh, fastest first. Parameters rest at level p, gradients accumulate at level g in
+fp32, the optimizer works on fp32 values at level o. In fp32 these are a part of the parameters at rest; otherwise they
+are a copy, which frozen parameters have too, for checkpoints. (AMSP, arXiv 2311.00257, section 3: shard factors of
+parameters, gradients and optimizer states, independent of each other but for s_os >= s_g, s_p.)
 
 [Note: chains over levels]
 Parameters come from level p to the whole by one all-gather an axis, the slowest axis first; gradients go from the whole
@@ -17,17 +17,23 @@ then through one all-reduce for each further axis. After the optimizer's step th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
+from operator import mul
 from typing import Literal, NamedTuple
 
 from shardwright.planner.precisions import MASTER_BYTES
+from shardwright.planner.quantized import message_bytes
+from shardwright.planner.recipe import kind_of
+from shardwright.schemas.job import OptimizerSpec
 from shardwright.schemas.profile import Parameter
 
 ALIGNMENT = 8
-"""Elements: `_ALIGNMENT` of the runtime."""
+"""Elements: `_ALIGNMENT` of the runtime, for where nothing travels in fewer bits."""
+PLAIN = OptimizerSpec()
+"""Two kinds of parameters: with weight decay, and without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,31 @@ class Chain:
     optimizer_states: int
     secondary: int
     """Level of the second copy of the parameters for backward; `parameters` where there is none."""
+    alignment: int = ALIGNMENT
+    """Every slice is a multiple of so many elements."""
+
+    @classmethod
+    def of(
+        cls,
+        sizes: tuple[int, ...],
+        parameters: int,
+        gradients: int,
+        optimizer_states: int,
+        secondary: int | None = None,
+        *,
+        alignment: int = ALIGNMENT,
+    ) -> Chain:
+        """The levels of these degrees on given axes. Raises ValueError for a degree that is no product of the first
+        axes, or parameters or gradients wider than the optimizer states."""
+        second = parameters if secondary is None else secondary
+        if max(parameters, gradients) > optimizer_states or second > parameters:
+            raise ValueError("optimizer states must be sharded at least as wide as parameters and gradients")
+        level = {degree: index for index, degree in enumerate(accumulate(sizes, mul, initial=1))}
+        degrees = (parameters, gradients, optimizer_states, second)
+        if any(degree not in level for degree in degrees):
+            raise ValueError(f"one of the shard degrees {degrees} is no product of the first of the axes {sizes}")
+        p, g, o, again = (level[degree] for degree in degrees)
+        return cls(sizes, p, g, o, again, alignment)
 
     def degree(self, level: int) -> int:
         """Devices that a buffer at a level is divided over."""
@@ -48,17 +79,13 @@ class Chain:
 
 
 def chain(world: int, parameters: int, gradients: int, optimizer_states: int, secondary: int | None = None) -> Chain:
-    """The axes between the degrees, and between the widest and the world. Raises ValueError for degrees that do not
-    divide each other, or parameters or gradients wider than the optimizer states."""
-    second = parameters if secondary is None else secondary
-    if max(parameters, gradients) > optimizer_states or second > parameters:
-        raise ValueError("optimizer states must be sharded at least as wide as parameters and gradients")
-    ends = sorted({1, parameters, gradients, optimizer_states, second, world})
+    """On the fewest axes: those between the degrees, and between the widest and the world. Raises ValueError for
+    degrees that do not divide each other, or parameters or gradients wider than the optimizer states."""
+    ends = sorted({1, parameters, gradients, optimizer_states, secondary or 1, world})
     if any(wide % narrow for narrow, wide in pairwise(ends)):
         raise ValueError(f"the shard degrees {ends} do not divide each other")
-    level = {degree: index for index, degree in enumerate(ends)}
     sizes = tuple(wide // narrow for narrow, wide in pairwise(ends))
-    return Chain(sizes, level[parameters], level[gradients], level[optimizer_states], level[second])
+    return Chain.of(sizes, parameters, gradients, optimizer_states, secondary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,66 +94,112 @@ class Bucket:
 
     numel: int
     padded: int
-    decaying: int
-    """Of the parameters with weight decay, which lie first."""
+    kinds: tuple[int, ...]
+    """Of the parameters of each kind (planner/recipe.py), which lie side by side; kinds without any are left out."""
     trainable: bool
 
-    def own(self, layout: Chain, rank: int) -> tuple[int, int]:
-        """Elements with weight decay and without that the optimizer of a rank works on."""
+    def own(self, layout: Chain, rank: int) -> tuple[int, ...]:
+        """Elements of each kind that the optimizer of a rank works on; zeros where it has none of a kind."""
         size, begin = self.padded, 0
         for parts in layout.sizes[: layout.optimizer_states]:
             rank, place = divmod(rank, parts)
             size //= parts
             begin += place * size
-        boundary, end = self.decaying, begin + size
-
-        def part(first: int, last: int) -> int:
-            return max(0, min(last, end) - max(first, begin))
-
-        return part(0, boundary), part(boundary, self.numel)
+        ends = (0, *accumulate(self.kinds))
+        return tuple(max(0, min(last, begin + size) - max(first, begin)) for first, last in pairwise(ends))
 
 
-def buckets(group: Sequence[Parameter], layout: Chain) -> tuple[Bucket, ...]:
-    """The buckets of one group: of its trainable parameters, then of its frozen ones, as far as there are any."""
+def buckets(group: Sequence[Parameter], layout: Chain, optimizer: OptimizerSpec = PLAIN) -> tuple[Bucket, ...]:
+    """The buckets of one group: of its trainable parameters, then of its frozen ones, as far as there are any.
+
+    `optimizer` says which parameters are of one kind, nothing else.
+    """
+    quantum = layout.alignment * layout.degree(layout.optimizer_states)
     made = []
     for trainable in (True, False):
-        members = [parameter for parameter in group if parameter.trainable is trainable]
-        if members:
-            numel = sum(parameter.numel for parameter in members)
-            level = layout.optimizer_states if trainable else layout.parameters
-            quantum = ALIGNMENT * layout.degree(level)
-            decaying = sum(parameter.numel for parameter in members if len(parameter.shape) >= 2)
-            made.append(Bucket(numel, -(-numel // quantum) * quantum, decaying, trainable))
+        kinds: Counter[int] = Counter()
+        for parameter in group:
+            if parameter.trainable is trainable:
+                kinds[kind_of(optimizer, parameter)] += parameter.numel
+        if kinds:
+            sizes = tuple(kinds[kind] for kind in sorted(kinds))
+            made.append(Bucket(sum(sizes), -(-sum(sizes) // quantum) * quantum, sizes, trainable))
     return tuple(made)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatAtRest:
+    """Bytes that one rank holds after the optimizer's step, before gradients are dropped."""
+
+    parameters: int
+    """At level p, in the compute dtype."""
+    master: int
+    """float32 values at level o; none where the parameters are float32 themselves."""
+    gradients: int
+    """float32, at level o; a rank whose part of a bucket is padding alone drops it."""
+    own: int
+    """Elements that the optimizer works on, without padding."""
+    tensors: int
+    """In which they are: one for each kind of each bucket."""
+
+
+def at_rest(layout: Chain, groups: Iterable[Sequence[Bucket]], element: int, rank: int) -> FlatAtRest:
+    """What a rank holds of these buckets with parameters of `element` bytes ([Note: flat buckets])."""
+    every = Counter(bucket for group in groups for bucket in group)
+    widest = layout.degree(layout.optimizer_states)
+    padded = sum(count * bucket.padded for bucket, count in every.items())
+    owned = [(bucket, count, bucket.own(layout, rank)) for bucket, count in every.items() if bucket.trainable]
+    return FlatAtRest(
+        parameters=element * padded // layout.degree(layout.parameters),
+        master=0 if element == MASTER_BYTES else MASTER_BYTES * padded // widest,
+        gradients=sum(count * MASTER_BYTES * bucket.padded // widest for bucket, count, own in owned if any(own)),
+        own=sum(count * sum(own) for _, count, own in owned),
+        tensors=sum(count * sum(size > 0 for size in own) for _, count, own in owned),
+    )
 
 
 class Send(NamedTuple):
     """A collective over one axis of the mesh."""
 
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
     axis: int
     """Fastest first."""
     bytes: int
-    """Of the whole tensor: what is gathered, what enters a reduction."""
+    """Of the whole tensor: what is gathered, what enters a reduction or an exchange."""
+    purpose: Literal["parameters", "gradients", "grad_norm"]
 
 
 def step_sends(
-    layout: Chain, groups: Sequence[Sequence[Bucket]], *, element: int, accumulation: int, kept: bool
+    layout: Chain,
+    groups: Sequence[Sequence[Bucket]],
+    *,
+    element: int,
+    accumulation: int,
+    kept: bool,
+    int8_gathers: Collection[int] = (),
+    int4_reductions: Collection[int] = (),
 ) -> Counter[Send]:
     """Every collective of parameters, gradients and the gradient norm in one optimizer step of one rank.
 
     `groups` are the buckets of each block, the root's last; `element` is the bytes of a gathered element; `kept` says
-    whether parameters stay gathered from the first forward to the last backward ([Note: chains over levels]).
+    whether parameters stay gathered from the first forward to the last backward ([Note: chains over levels]). Over
+    the axes of `int8_gathers` and `int4_reductions` fewer bits travel (planner/quantized.py).
     """
     sends: Counter[Send] = Counter()
 
-    def gather(bucket: Bucket, level: int, to: int, times: int) -> None:
+    def gather(bucket: Bucket, level: int, to: int, times: int, narrow: Collection[int] = int8_gathers) -> None:
         for axis in range(level - 1, to - 1, -1):
-            sends[Send("all_gather", axis, element * bucket.padded // layout.degree(axis))] += times
+            elements = bucket.padded // layout.degree(axis)
+            size = message_bytes(elements, 8) if axis in narrow else element * elements
+            sends[Send("all_gather", axis, size, "parameters")] += times
 
     def reduce(bucket: Bucket, level: int, to: int, times: int) -> None:
         for axis in range(level, to):
-            sends[Send("reduce_scatter", axis, MASTER_BYTES * bucket.padded // layout.degree(axis))] += times
+            elements = bucket.padded // layout.degree(axis)
+            if axis in int4_reductions:
+                sends[Send("all_to_all", axis, message_bytes(elements, 4), "gradients")] += times
+            else:
+                sends[Send("reduce_scatter", axis, MASTER_BYTES * elements, "gradients")] += times
 
     for index, group in enumerate(groups):
         is_root = index == len(groups) - 1
@@ -139,8 +212,9 @@ def step_sends(
                 reduce(bucket, layout.gradients, layout.optimizer_states, 1)
                 for axis in range(layout.optimizer_states, len(layout.sizes)):
                     rest = MASTER_BYTES * bucket.padded // layout.degree(layout.optimizer_states)
-                    sends[Send("all_reduce", axis, rest)] += 1
-                gather(bucket, layout.optimizer_states, layout.parameters, 1)
+                    sends[Send("all_reduce", axis, rest, "gradients")] += 1
+                # What the parameters rest as is exact.
+                gather(bucket, layout.optimizer_states, layout.parameters, 1, narrow=())
     for axis in range(layout.optimizer_states):
-        sends[Send("all_reduce", axis, MASTER_BYTES)] += 1
+        sends[Send("all_reduce", axis, MASTER_BYTES, "grad_norm")] += 1
     return sends

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
+from shardwright.planner.flat import PLAIN, Bucket, Chain, buckets
 from shardwright.planner.sharding import own_shard, padded_numel
+from shardwright.schemas.job import OptimizerSpec
 from shardwright.schemas.profile import ModelProfile, Parameter
 
 
@@ -39,6 +42,16 @@ class Sizes:
     """Trainable parameters."""
 
 
+class Outside(NamedTuple):
+    """Elements of trainable parameters outside the blocks."""
+
+    head_numel: int
+    head_largest: int
+    embedding_largest: int
+    tied_numel: int
+    """Of those that both head and embedding have gradients for."""
+
+
 class Groups:
     """Parameter groups of a model: one for each block in order of execution, and the root's for all others."""
 
@@ -46,12 +59,44 @@ class Groups:
         self.profile = profile
         self.blocks, self.root = parameter_groups(profile.parameters, profile.block_paths)
         self._sizes: dict[int, Sizes] = {}
+        self._flat: dict[tuple[int, OptimizerSpec], tuple[tuple[Bucket, ...], ...]] = {}
 
     def sizes(self, degree: int) -> Sizes:
         """Elements of every group when each parameter is spread over `degree` devices."""
         if degree not in self._sizes:
             self._sizes[degree] = self._measure(degree)
         return self._sizes[degree]
+
+    def flat(self, layout: Chain, optimizer: OptimizerSpec = PLAIN) -> tuple[tuple[Bucket, ...], ...]:
+        """Flat buckets of every group, the blocks' in order and the root's last; `optimizer` says which parameters are
+        of one kind."""
+        names_matter = optimizer.groups or optimizer.no_decay != "auto"
+        key = layout.alignment * layout.degree(layout.optimizer_states), optimizer if names_matter else PLAIN
+        if key not in self._flat:
+            groups = (*self.blocks, self.root)
+            alike = range(len(groups)) if names_matter else self.kinds
+            made = {index: buckets(groups[index], layout, optimizer) for index in dict.fromkeys(alike)}
+            self._flat[key] = tuple(made[index] for index in alike)
+        return self._flat[key]
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """For every group, the blocks' in order and the root's last, the first group that is made like it."""
+        first: dict[object, int] = {}
+        made = [tuple((each.shape, each.trainable) for each in group) for group in (*self.blocks, self.root)]
+        return tuple(first.setdefault(shapes, index) for index, shapes in enumerate(made))
+
+    @cached_property
+    def outside(self) -> Outside:
+        """The trainable parameters of the root group, by whose backward has their gradient."""
+        embedding, head = self._split([parameter for parameter in self.root if parameter.trainable])
+        names = {parameter.name for parameter in embedding}
+        return Outside(
+            head_numel=sum(parameter.numel for parameter in head),
+            head_largest=max((parameter.numel for parameter in head), default=0),
+            embedding_largest=max((parameter.numel for parameter in embedding), default=0),
+            tied_numel=sum(parameter.numel for parameter in head if parameter.name in names),
+        )
 
     @cached_property
     def largest(self) -> int:

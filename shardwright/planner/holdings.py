@@ -15,6 +15,9 @@ Read from torch 2.13 (_fsdp_param_group.py, _fsdp_collectives.py, _fsdp_state.py
   variable of `foreach_reduce` still holds.
 - Whole gradients that wait for a later micro-batch are float32.
 - Over a shard group of one the parameters are copied all the same, without a gather buffer.
+- With a number as `reshard_after_forward` a part of each parameter of a block is copied before the whole is freed, one
+  parameter after the other, and goes when the block has been gathered from these parts for its backward
+  (_fsdp_param.py, `to_sharded_post_forward`).
 
 [Note: micro-batches]
 Of several micro-batches of a step, the first finds no gradients and nothing gathered; in the last, kept parameters are
@@ -27,12 +30,13 @@ due; so while micro-batches accumulate under `no_sync`, a whole second set of gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Protocol
 
-from shardwright.planner.activations import Moment
+from shardwright.planner.activations import Moment, MomentName
 from shardwright.planner.engines import ENGINES
+from shardwright.planner.flat_holdings import FlatHoldings
 from shardwright.planner.groups import Groups, Sizes
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
 from shardwright.planner.space import Point
@@ -47,12 +51,24 @@ class Holdings(Protocol):
 
 
 def holdings(point: Point, groups: Groups) -> tuple[Holdings, ...]:
-    """The holdings of the point's engine in each kind of micro-batch. Checkpointing makes no difference to them."""
-    sizes = groups.sizes(point.shard)
-    if not ENGINES[point.engine].shards:
-        return (_Replicated(point, sizes, groups),)
+    """The holdings of the point's engine in each kind of micro-batch. The micro-batch's size and checkpointing make no
+    difference to them, nor do more than three micro-batches."""
     numbers = sorted({0, min(1, point.accumulation - 1), point.accumulation - 1})
-    return tuple(_Fsdp2(point, sizes, number) for number in numbers)
+    if not ENGINES[point.engine].shards:
+        return (_in_micro_batch(point, groups, 0),)
+    return tuple(_in_micro_batch(point, groups, number) for number in numbers)
+
+
+def last_holdings(point: Point, groups: Groups) -> Holdings:
+    """The holdings in the last micro-batch of a step."""
+    return _in_micro_batch(point, groups, point.accumulation - 1)
+
+
+def _in_micro_batch(point: Point, groups: Groups, number: int) -> Holdings:
+    if ENGINES[point.engine].flat:
+        return FlatHoldings(point, groups, number)
+    sizes = groups.sizes(point.shard)
+    return _Fsdp2(point, sizes, number) if ENGINES[point.engine].shards else _Replicated(point, sizes, groups)
 
 
 class _Fsdp2:
@@ -72,11 +88,17 @@ class _Fsdp2:
         self._head = self._compute * sizes.head_numel
         self._reduces = self._last or not point.gradients_wait
 
-    def at(self, moment: Moment) -> dict[str, int] | None:
-        rules = {
+        self._absent = {
+            "root gather": True,
+            "block gather": self._stayed,
+            "second copy": point.secondary is None,
+            "backward gather": bool(point.kept),
+        }
+        self._rules: dict[MomentName, Callable[[Moment], tuple[int, int, int]]] = {
             "embedding forward": self._embedding_forward,
             "block gather": self._block_gather,
             "block forward": self._block_forward,
+            "second copy": self._second_copy,
             "head and loss": self._head_forward,
             "loss backward": self._head_backward,
             "head backward": self._head_backward,
@@ -86,10 +108,16 @@ class _Fsdp2:
             "embedding backward": self._embedding_backward,
             "root gradient reduction": self._root_reduction,
         }
-        if (moment.name == "block gather" and self._stayed) or (moment.name == "backward gather" and self._point.kept):
+
+    def at(self, moment: Moment) -> dict[str, int] | None:
+        if self._absent.get(moment.name):
             return None
-        gathered, gradients, buffers = rules[moment.name](moment)
+        gathered, gradients, buffers = self._rules[moment.name](moment)
         return {"gathered_parameters": gathered, "gradients": gradients, "communication_buffers": buffers}
+
+    def _second(self, blocks: int) -> int:
+        """Second copies of the first so many blocks."""
+        return self._gathered[blocks] // self._point.secondary if self._point.secondary else 0
 
     def _buffer(self, block: int) -> int:
         """The all-gather's output of a block, of the root for -1."""
@@ -148,29 +176,40 @@ class _Fsdp2:
 
     def _block_gather(self, moment: Moment) -> tuple[int, int, int]:
         buffers = self._buffer(moment.block - 1) + self._buffer(moment.block)
-        return self._root + self._forward_blocks(moment.block) + buffers, self._before_backward(), 0
+        gathered = self._root + self._forward_blocks(moment.block) + buffers + self._second(moment.block)
+        return gathered, self._before_backward(), 0
 
     def _block_forward(self, moment: Moment) -> tuple[int, int, int]:
         buffer = 0 if self._stayed else self._buffer(moment.block)
-        return self._root + self._forward_blocks(moment.block) + buffer, self._before_backward(), 0
+        gathered = self._root + self._forward_blocks(moment.block) + buffer + self._second(moment.block)
+        return gathered, self._before_backward(), 0
+
+    def _second_copy(self, moment: Moment) -> tuple[int, int, int]:
+        """Of the largest parameter, at most, before the first of the whole ones has gone."""
+        gathered, gradients, buffers = self._block_forward(moment)
+        largest = self._compute * self._sizes.block_largest[moment.block]
+        return gathered + largest // (self._point.secondary or 1), gradients, buffers
 
     def _head_forward(self, moment: Moment) -> tuple[int, int, int]:
         buffer = 0 if self._stayed or moment.in_loss else self._buffer(len(self._blocks) - 1)
-        return self._root + buffer + (self._gathered[-1] if self._point.kept else 0), self._before_backward(), 0
+        blocks = self._gathered[-1] if self._point.kept else self._second(len(self._blocks))
+        return self._root + buffer + blocks, self._before_backward(), 0
 
     def _head_backward(self, moment: Moment) -> tuple[int, int, int]:
         gradients = self._before_backward() + self._new(moment, self._sizes.head_numel)
         if self._point.kept:
             return self._root + self._gathered[-1], gradients, 0
         prefetched = self._buffer(len(self._blocks) - 1) if self._blocks and not moment.in_loss else 0
-        return self._root + prefetched, gradients, 0
+        return self._root + prefetched + self._second(len(self._blocks)), gradients, 0
 
     def _backward_gather(self, moment: Moment) -> tuple[int, int, int]:
         """A block's parameters are copied out of their buffer; then it goes, and the next one is filled from a copy of
-        the shard in the compute dtype."""
+        the shard in the compute dtype, or from the second copy, which has it already."""
         block = moment.block
-        prefetch = self._buffer(block - 1) + self._buffer(block - 1) // self._point.shard if block else 0
-        gathered = self._root + self._blocks[block] + max(self._buffer(block), prefetch)
+        prefetch = self._buffer(block - 1) if block else 0
+        copied = 0 if self._point.secondary else prefetch // self._point.shard
+        own = self._buffer(block) + self._second(block + 1)
+        gathered = self._root + self._blocks[block] + max(own, prefetch + copied + self._second(block))
         return gathered, self._carried(block) + self._head, self._input(block + 1)
 
     def _block_backward(self, moment: Moment) -> tuple[int, int, int]:
@@ -178,7 +217,7 @@ class _Fsdp2:
         if self._point.kept:
             blocks = self._gathered[-1 if self._stays else block + 1]
         else:
-            blocks = self._blocks[block] + (self._buffer(block - 1) if block else 0)
+            blocks = self._blocks[block] + (self._buffer(block - 1) if block else 0) + self._second(block)
         own = self._new(moment, self._sizes.block_numels[block])
         return self._root + blocks, self._carried(block) + self._head + own, self._input(block + 1)
 
@@ -187,7 +226,7 @@ class _Fsdp2:
         if self._point.kept:
             blocks = self._gathered[-1 if self._stays else block]
         else:
-            blocks = self._buffer(block - 1) if block else 0
+            blocks = (self._buffer(block - 1) if block else 0) + self._second(block)
         sizes = self._sizes
         own, output = self._handed_over(
             sizes.block_numels[block], sizes.block_largest[block], sizes.block_last[block], sizes.block_gradients[block]
@@ -219,7 +258,7 @@ class _Replicated:
         self._newest = MASTER_BYTES * groups.largest_parameter if self._buckets or self._carried else None
 
     def at(self, moment: Moment) -> dict[str, int] | None:
-        if moment.name in ("block gather", "backward gather", "gradient reduction", "root gradient reduction"):
+        if moment.name in _SHARDED_ONLY:
             return None
         return {"gradients": self._carried + self._new(moment), "communication_buffers": self._buckets}
 
@@ -241,6 +280,18 @@ class _Replicated:
         if moment.name == "embedding backward":
             return self._head + self._blocks[-1], self._sizes.embedding_numel
         return 0, self._sizes.head_numel
+
+
+_SHARDED_ONLY: frozenset[MomentName] = frozenset(
+    (
+        "root gather",
+        "block gather",
+        "second copy",
+        "backward gather",
+        "gradient reduction",
+        "root gradient reduction",
+    )
+)
 
 
 def _prefix(sizes: Iterable[int]) -> list[int]:

@@ -9,7 +9,7 @@ from shardwright.planner.explain import Explainer
 from shardwright.planner.names import summary
 from shardwright.planner.predict import Predictor
 from shardwright.planner.relax import larger_clusters, pins, with_budget, with_memory, without
-from shardwright.planner.search import Candidate, Found, search
+from shardwright.planner.search import Candidate, Search
 from shardwright.planner.space import block_count, profiled
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Infeasible
@@ -20,15 +20,14 @@ _GIB = 2**30
 _MIB = 2**20
 
 
-def infeasible(predictor: Predictor, found: Found) -> Infeasible:
-    """The result when `found` holds nothing that fits."""
-    nearest = found.infeasible[0]
+def infeasible(predictor: Predictor, found: Search, nearest: Candidate) -> Infeasible:
+    """The result when nothing fits; `nearest` comes closest."""
     on_device = nearest.reserved > predictor.device_budget
     limit = predictor.device_budget if on_device else predictor.job.host_memory_limit
     return Infeasible(
         needed_bytes=nearest.reserved if on_device else nearest.host,
         available_bytes=limit,
-        nearest=Explainer(predictor, found, nearest, frozenset()).alternative(nearest),
+        nearest=Explainer(predictor, found, nearest, None).alternative(nearest),
         by_category=nearest.peak.bytes,
         changes=tuple(changes(predictor.job, predictor.profile, nearest)),
         considered=found.considered,
@@ -75,5 +74,5 @@ def _memory(job: JobSpec, nearest: Candidate) -> Iterator[tuple[str, JobSpec]]:
 
 
 def _best(job: JobSpec, profile: ModelProfile) -> str:
-    found = search(Predictor(job, profile))
-    return summary(found.feasible[0].point, block_count(profile)) if found.feasible else ""
+    found = Search(Predictor(job, profile)).chosen()
+    return "" if found is None else summary(found.point, block_count(profile))

@@ -2,8 +2,9 @@
 
 [Note: lanes]
 Three lanes run side by side: compute; collectives over `dp_shard` (gathers and reduce-scatters share a communicator and
-run in the order in which they are issued); all-reduces over `dp_replicate`. The order of each lane is fixed, so that
-more bandwidth or less work never makes a step slower. In forward a block's gather is issued when the block before it
+run in the order in which they are issued); all-reduces over `dp_replicate`. Where both axes span the same slowest
+level they share its links, and so a lane. The order of each lane is fixed, so that more bandwidth or less work never
+makes a step slower. In forward a block's gather is issued when the block before it
 starts; in backward likewise, one ahead, and before the reduction of the block that runs. The input of a reduce-scatter
 is reused, so a block's reduction waits for the one before it. The optimizer waits for every lane (torch 2.13,
 _fsdp_param_group.py). DistributedDataParallel reduces gradients as soon as a bucket of them is there.
@@ -23,6 +24,8 @@ class Load:
     backward: float
     """With the recomputed forward of a checkpointed block."""
     gather: float
+    again: float
+    """The gather of backward."""
     copy: float
     """On the compute lane, for each gather: copying the gathered group out of the buffer."""
     hand_over: float
@@ -48,6 +51,8 @@ class StepLoad:
     """Whether blocks stay gathered through the step."""
     waits: bool
     """Whether gradients are reduced on the last micro-batch only."""
+    shared: bool = False
+    """Whether `dp_replicate` shares the links, and so the lane, of `dp_shard`."""
 
 
 @dataclass(slots=True)
@@ -87,9 +92,12 @@ class Lanes:
         self.shard = max(self.shard, self.compute) + seconds if seconds else self.shard
         return self.shard
 
-    def on_replicate(self, seconds: float, after: float) -> None:
+    def on_replicate(self, seconds: float, after: float, shared: bool) -> None:
         """Issue an all-reduce over `dp_replicate` of what is there at `after`."""
-        self.replicate = max(self.replicate, after) + seconds if seconds else self.replicate
+        if seconds and shared:
+            self.shard = max(self.shard, after) + seconds
+        elif seconds:
+            self.replicate = max(self.replicate, after) + seconds
 
     def skip(self, since: Lanes, times: int) -> None:
         """Go on `times` times as from `since` to now."""
@@ -119,6 +127,23 @@ def run_lanes(step: StepLoad) -> Lanes:
     return lanes
 
 
+def least_lane_seconds(step: StepLoad) -> float:
+    """What `run_lanes` is never below: the root is gathered before all compute and reduced after it, and each lane
+    carries what is sent over it."""
+    root, blocks = step.root, step.blocks
+    forwards = 1 if step.kept else step.micro_batches
+    backwards = 0 if step.kept else step.micro_batches
+    reductions = 1 if step.waits else step.micro_batches
+    shard = sum(forwards * group.gather + reductions * group.reduce for group in (*blocks, root))
+    shard += backwards * sum(block.again for block in blocks)
+    passes = sum(block.forward + block.backward for block in blocks) + sum(step.embedding) + sum(step.head)
+    copies = forwards * root.copy + (forwards + backwards) * sum(block.copy for block in blocks)
+    copies += step.micro_batches * sum(group.hand_over for group in (*blocks, root))
+    path = forwards * root.gather + step.micro_batches * passes + copies + root.reduce + root.all_reduce
+    replicate = sum(group.all_reduce for group in (*blocks, root))
+    return max(path, shard + replicate if step.shared else max(shard, replicate))
+
+
 def _micro_batch(lanes: Lanes, step: StepLoad, *, first: bool, last: bool) -> None:
     _forward(lanes, step, gathers=first or not step.kept)
     _backward(lanes, step, gathers=not step.kept, reduces=last or not step.waits, all_reduces=last)
@@ -140,22 +165,22 @@ def _forward(lanes: Lanes, step: StepLoad, *, gathers: bool) -> None:
 
 
 def _backward(lanes: Lanes, step: StepLoad, *, gathers: bool, reduces: bool, all_reduces: bool) -> None:
-    ready = lanes.on_shard(step.blocks[-1].gather) if gathers and step.blocks else 0.0
+    ready = lanes.on_shard(step.blocks[-1].again) if gathers and step.blocks else 0.0
     lanes.run(step.head[1])
     reduced = 0.0
     for index in range(len(step.blocks) - 1, -1, -1):
         block = step.blocks[index]
         if gathers:
             lanes.wait_gather(ready)
-            ready = lanes.on_shard(step.blocks[index - 1].gather) if index else 0.0
+            ready = lanes.on_shard(step.blocks[index - 1].again) if index else 0.0
             lanes.copy(block.copy)
         lanes.run(block.backward)
-        reduced = _hand_over(lanes, block, reduced, reduces, all_reduces)
+        reduced = _hand_over(lanes, block, reduced, reduces, all_reduces, step.shared)
     lanes.run(step.embedding[1])
-    _hand_over(lanes, step.root, reduced, reduces, all_reduces)
+    _hand_over(lanes, step.root, reduced, reduces, all_reduces, step.shared)
 
 
-def _hand_over(lanes: Lanes, group: Load, reduced: float, reduces: bool, all_reduces: bool) -> float:
+def _hand_over(lanes: Lanes, group: Load, reduced: float, reduces: bool, all_reduces: bool, shared: bool) -> float:
     """Add a group's gradients up or issue their reduction, once the one before has ended at `reduced`; its end."""
     if not reduces:
         lanes.copy(group.hand_over)
@@ -164,5 +189,5 @@ def _hand_over(lanes: Lanes, group: Load, reduced: float, reduces: bool, all_red
     lanes.copy(group.hand_over)
     ended = lanes.on_shard(group.reduce) if group.reduce else lanes.compute
     if all_reduces:
-        lanes.on_replicate(group.all_reduce, ended)
+        lanes.on_replicate(group.all_reduce, ended, shared)
     return ended

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from operator import add
 
 from shardwright.planner.activations import ActivationBytes, Moment
+from shardwright.planner.at_rest import at_rest_bytes
 from shardwright.planner.constants import device_constants
-from shardwright.planner.engines import ENGINES
 from shardwright.planner.groups import Groups
-from shardwright.planner.holdings import Holdings, holdings
-from shardwright.planner.optimizers import OPTIMIZERS
+from shardwright.planner.holdings import Holdings, holdings, last_holdings
+from shardwright.planner.model_states import StateBytes, state_bytes
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
-from shardwright.planner.sharding import at_rest_bytes
 from shardwright.planner.space import Point, decide
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Memory, MemoryPhase, StageMemory
@@ -33,8 +32,9 @@ CATEGORIES = (
     "buffers",
 )
 """Of a phase: parameters, gradients and optimizer states as this rank holds them; parameters gathered for compute, with
-the gather's buffer; buffers of reductions; activations kept for backward; what a block or the embedding needs while it
-runs; what head and loss need, logits above all; the batch; the model's own buffers."""
+the gather's buffer; buffers of reductions, and of new values on their way; activations kept for backward; what a
+block or the embedding needs while it runs; what head and loss need, logits above all; the batch; the model's own
+buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +54,55 @@ class MemoryModel:
     def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups) -> None:
         self._job, self._profile, self._groups = job, profile, groups
         self._constants = device_constants(job.cluster.device)
-        self._optimizer = OPTIMIZERS[job.train.optimizer.name]
         self._activations: Callable[[ComputeDtypeName, int], ActivationBytes] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch: ActivationBytes.of(profile, dtype, micro_batch)
         )
-        self._holdings: Callable[[Point], tuple[Holdings, ...]] = lru_cache(maxsize=None)(
+        self._holdings: Callable[[Point], tuple[Holdings, ...]] = lru_cache(maxsize=10_000)(
             lambda point: holdings(point, groups)
+        )
+        self._numel = profile.numel
+        self._trainable = sum(each.numel for each in profile.parameters if each.trainable)
+        self._states: Callable[[Point], StateBytes] = lru_cache(maxsize=100_000)(
+            lambda point: state_bytes(point, groups, job)
+        )
+
+        self._held_at_head: Callable[[Point, ComputeDtypeName], list[int]] = lru_cache(maxsize=100_000)(
+            self._engine_at_head
+        )
+        self._alive_at_head: Callable[[ComputeDtypeName, int], list[list[int]]] = lru_cache(maxsize=None)(
+            lambda dtype, micro_batch: [
+                [moment.saved + moment.temporaries for moment in activations.head_moments(blocks)]
+                for activations in (self._activations(dtype, micro_batch),)
+                for blocks in range(len(groups.blocks) + 1)
+            ]
         )
 
     def phases(self, point: Point) -> tuple[Phase, ...]:
         """The worst moment of every phase of a step, the start of the run included."""
-        fixed = self._fixed(point)
-        micro_batches = self._holdings(replace(point, checkpointed=0))
+        fixed, states = self._fixed(point), self._states(_states_of(point))
+        at_rest = sum(fixed.values())
+        worst: dict[str, tuple[int, Moment, dict[str, int]]] = {}
         activations = self._activations(PRECISIONS[point.precision].compute, point.micro_batch)
-        worst: dict[str, Phase] = {}
-        for moment, engine in product(activations.moments(point.checkpointed), micro_batches):
-            held = engine.at(moment)
-            if held is None:
-                continue
-            phase = _phase(moment.name, fixed | _activations(moment) | held, moment.recomputes)
-            if moment.name not in worst or phase.total > worst[moment.name].total:
-                worst[moment.name] = phase
-        return (self._initialise(point, fixed), *worst.values(), self._step(point, fixed))
+        micro_batches = self._holdings(_layout_of(point))
+        for moment in activations.moments(point.checkpointed, ends=max(2, len(point.axes) + 1)):
+            for engine in micro_batches:
+                held = engine.at(moment)
+                if held is not None:
+                    total = at_rest + moment.saved + moment.temporaries + sum(held.values())
+                    if moment.name not in worst or total > worst[moment.name][0]:
+                        worst[moment.name] = total, moment, held
+        parameters, masters = states.initialise
+        initialise = {"parameters": parameters, "optimizer_states": masters, "buffers": fixed["buffers"]}
+        sent = [_phase("publication", fixed | {"communication_buffers": states.publication})]
+        return (
+            _phase("initialise", initialise),
+            *(
+                _phase(name, fixed | _activations(moment) | held, moment.recomputes)
+                for name, (_, moment, held) in worst.items()
+            ),
+            _phase("optimizer step", fixed | {"gradients": states.step}),
+            *(sent if states.publication else ()),
+        )
 
     def peak(self, point: Point) -> Phase:
         """The largest phase: what `allocated` bytes reach."""
@@ -111,35 +138,55 @@ class MemoryModel:
             peak_allocated_bytes=stage.peak_allocated_bytes,
             peak_reserved_bytes=stage.peak_reserved_bytes,
             stages=(stage,),
-            at_rest=at_rest_bytes(decision, self._profile.parameters, self._job.train.optimizer, rank=0),
+            at_rest=at_rest_bytes(decision, self._groups, self._job.train, rank=0),
             host_bytes=self.host_bytes(point, peak.total),
         )
 
+    def at_rest_floor(self, point: Point) -> int:
+        """Bytes that `peak` is never below, at little cost: the states at rest, and with them either the gradients when
+        the optimizer steps, or those that accumulate beside what is gathered at once. Checkpointing makes no difference
+        to it."""
+        states, element = self._states(_states_of(point)), PRECISIONS[point.precision].compute_bytes
+        accumulated = MASTER_BYTES * self._trainable // point.gradient_degree if point.accumulation > 1 else 0
+        gathered = max(states.gathered, element * self._numel if point.kept and point.shard > 1 else 0)
+        return sum(self._fixed(point).values()) + max(states.step, gathered + accumulated)
+
+    def fewest_blocks(self, point: Point, budget: int) -> int | None:
+        """Blocks that have to be checkpointed for the peak not to exceed `budget` reserved bytes: with fewer, what is
+        alive in forward or backward of the head does. With so many the rest of the step may. None where no number
+        does."""
+        dtype = PRECISIONS[point.precision].compute
+        rest, held = sum(self._fixed(point).values()), self._held_at_head(_layout_of(point), dtype)
+        for blocks, alive in enumerate(self._alive_at_head(dtype, point.micro_batch)):
+            if self.reserved(rest + max(map(add, alive, held))) <= budget:
+                return blocks
+        return None
+
+    def _engine_at_head(self, point: Point, dtype: ComputeDtypeName) -> list[int]:
+        """What the engine holds at each moment of the head in the last micro-batch."""
+        engine = last_holdings(point, self._groups)
+        moments = self._activations(dtype, 1).head_moments(0)
+        return [sum((engine.at(moment) or {}).values()) for moment in moments]
+
     def _fixed(self, point: Point) -> dict[str, int]:
         """Alive through every phase of every step but the first."""
-        sizes = self._groups.sizes(point.shard)
+        states = self._states(_states_of(point))
         return {
-            "parameters": MASTER_BYTES * (sum(sizes.blocks) + sizes.root) // point.shard,
-            "optimizer_states": self._optimizer.state_bytes(self._job.train.optimizer, sizes.own, sizes.tensors),
+            "parameters": states.parameters,
+            "optimizer_states": states.optimizer_states,
             "inputs": self._profile.input_bytes.at(point.micro_batch) * point.accumulation,
             "buffers": self._profile.buffer_bytes,
         }
 
-    def _initialise(self, point: Point, fixed: dict[str, int]) -> Phase:
-        """The shards, and the largest group while it is whole; on CPU devices all of a constructor's model is."""
-        whole = 0
-        if ENGINES[point.engine].shards:
-            everything = self._profile.init == "constructor" and self._job.cluster.device.kind == "cpu"
-            whole = MASTER_BYTES * (self._profile.numel if everything else self._groups.largest)
-        return _phase("initialise", {"parameters": fixed["parameters"] + whole, "buffers": fixed["buffers"]})
 
-    def _step(self, point: Point, fixed: dict[str, int]) -> Phase:
-        """Everything at rest, and the gradients twice where a foreach implementation copies them."""
-        sizes = self._groups.sizes(point.shard)
-        gradients = MASTER_BYTES * (sum(sizes.block_gradients) + sizes.root_gradients) // point.shard
-        foreach = ENGINES[point.engine].dtensors and not self._optimizer.fused_on_dtensors
-        copied = foreach and self._optimizer.foreach_copies_gradients(self._job.train.optimizer)
-        return _phase("optimizer step", fixed | {"gradients": gradients * (2 if copied else 1)})
+def _states_of(point: Point) -> Point:
+    """The same for all points that hold the same outside forward and backward."""
+    return replace(_layout_of(point), accumulation=1, kept=None, secondary=None, gradient_degree=point.optimizer_degree)
+
+
+def _layout_of(point: Point) -> Point:
+    """The same for all points whose engines hold the same."""
+    return replace(point, micro_batch=1, checkpointed=0, accumulation=min(point.accumulation, 3))
 
 
 def _activations(moment: Moment) -> dict[str, int]:

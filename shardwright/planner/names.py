@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shardwright.planner.engines import ENGINES
+from shardwright.planner.flat import chain
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.space import Point
 
@@ -17,18 +19,66 @@ def plan_name(point: Point, blocks: int) -> str:
 def summary(point: Point, blocks: int) -> str:
     """The name, and all else in which two points may differ: how the batch is cut, and when gradients are reduced."""
     cut = f"micro-batch {point.micro_batch} x {point.accumulation}"
-    waits = ", gradients reduced once a step" if point.gradients_wait else ""
+    waits = ", gradients reduced once a step" if point.gradients_wait and not ENGINES[point.engine].flat else ""
     return f"{plan_name(point, blocks)}, {cut}{waits}"
+
+
+def family(point: Point) -> str:
+    """The method whose point it is, whatever engine runs it.
+
+    ZeRO-1 to -3: Rajbhandari et al. 2020, arXiv 1910.02054. ZeRO-1.5: ZeRO-1 inside groups, `zero1.size` of InternEvo.
+    MiCS: Zhang et al. 2022, arXiv 2205.00119; with PyTorch's name HSDP. hpZ: ZeRO++, arXiv 2306.10209. Frontier: three
+    degrees on three levels, arXiv 2501.04266. Everything else is only AMSP's, arXiv 2311.00257.
+    """
+    world = point.world
+    parameters, gradients, states = point.shard, point.gradient_degree, point.optimizer_degree
+    if world == 1:
+        return "one device"
+    if point.secondary is not None:
+        return "ZeRO++ hpZ" if parameters == states == world else "AMSP with hpZ"
+    if states == 1:
+        return "data parallel"
+    if parameters == states:
+        return "ZeRO-3" if states == world else "MiCS / HSDP"
+    if parameters == 1 and gradients in (1, states):
+        if states < world:
+            return "ZeRO-1.5"
+        return "ZeRO-1" if gradients == 1 else "ZeRO-2"
+    if 1 < parameters < gradients < states == world:
+        return "Frontier"
+    return "AMSP"
 
 
 def _layout(point: Point) -> str:
     kept = " (parameters kept)" if point.kept else ""
+    again = f" (hpZ {point.secondary})" if point.secondary is not None else ""
     if point.world == 1:
         return f"one device{kept}"
     if point.engine == "ddp":
         return f"DDP x {point.world}"
+    if ENGINES[point.engine].flat:
+        return _flat(point)
     if point.shard == 1:
         return f"FSDP2, replicated x {point.world}{kept}"
     if point.replicas > 1:
-        return f"HSDP {point.replicas} x {point.shard}{kept}"
-    return f"FSDP2 x {point.shard}{kept or ' (ZeRO-3)'}"
+        return f"HSDP {point.replicas} x {point.shard}{kept}{again}"
+    return f"FSDP2 x {point.shard}{kept or again or ' (ZeRO-3)'}"
+
+
+def _flat(point: Point) -> str:
+    """`AMSP 2/8/64 of 64 (Frontier, parameters kept)`: degrees of parameters, gradients and optimizer states."""
+    method = family(point)
+    notes = [] if method.startswith("AMSP") else [method]
+    if point.secondary is not None:
+        notes = [f"hpZ {point.secondary}"]
+    if point.kept:
+        notes.append("parameters kept")
+    if point.int8_gathers:
+        notes.append("int8 gathers")
+    if point.int4_reductions:
+        notes.append("int4 reductions")
+    degrees = (point.shard, point.gradient_degree, point.optimizer_degree)
+    if point.axes != chain(point.world, *degrees, point.secondary).sizes:
+        notes.append("hierarchical")
+    name = f"AMSP {'/'.join(map(str, degrees))} of {point.world}"
+    return f"{name} ({', '.join(notes)})" if notes else name

@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from shardwright.planner.precisions import MASTER_BYTES
-from shardwright.schemas.job import OptimizerSpec
+from shardwright.planner.recipe import decays
+from shardwright.schemas.job import OptimizerSpec, TrainSpec
 
 OptimizerName = Literal["adamw", "sgd"]
 
@@ -32,13 +33,20 @@ class OptimizerTraits:
     """Whether the foreach implementation holds a second copy of the gradients while it steps (weight decay added
     out of place: torch 2.13, optim/sgd.py, `_multi_tensor_sgd`)."""
 
-    def state_bytes(self, spec: OptimizerSpec, elements: int, tensors: int) -> int:
-        """Bytes kept for `elements` elements in `tensors` parameter tensors."""
-        return MASTER_BYTES * self.states(spec) * elements + self.step_bytes * tensors
+    def state_bytes(self, train: TrainSpec, elements: int, tensors: int) -> int:
+        """Bytes kept for `elements` elements in `tensors` parameter tensors, their moving average included."""
+        states = self.states(train.optimizer) + _averages(train)
+        return MASTER_BYTES * states * elements + self.step_bytes * tensors
 
-    def traffic_bytes(self, spec: OptimizerSpec) -> int:
-        """Bytes read and written per parameter element by a step: parameter and states both ways, gradient once."""
-        return MASTER_BYTES * (3 + 2 * self.states(spec))
+    def traffic_bytes(self, train: TrainSpec) -> int:
+        """Bytes read and written per parameter element by a step: parameter and states both ways, gradient once; then
+        the moving average both ways and the parameter once more."""
+        return MASTER_BYTES * (3 + 2 * self.states(train.optimizer) + 3 * _averages(train))
+
+
+def _averages(train: TrainSpec) -> int:
+    """float32 averages kept per parameter element."""
+    return 0 if train.ema is None else 1
 
 
 OPTIMIZERS: Mapping[OptimizerName, OptimizerTraits] = MappingProxyType(
@@ -55,7 +63,7 @@ OPTIMIZERS: Mapping[OptimizerName, OptimizerTraits] = MappingProxyType(
             states=lambda spec: 1 if spec.momentum else 0,
             step_bytes=0,
             fused_on_dtensors=False,
-            foreach_copies_gradients=lambda spec: spec.weight_decay > 0,
+            foreach_copies_gradients=decays,
         ),
     }
 )

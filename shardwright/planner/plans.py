@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from shardwright.planner.assumptions import assumptions
 from shardwright.planner.edited import checked_point
-from shardwright.planner.explain import Explainer, changed
+from shardwright.planner.explain import Explainer
 from shardwright.planner.infeasible import infeasible
 from shardwright.planner.names import plan_name
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
+from shardwright.planner.recipe import check_recipe
 from shardwright.planner.relax import pins, without
-from shardwright.planner.search import Candidate, Found, measure, search, timed
-from shardwright.planner.space import Point, block_count, configurations, decide, permitted_degrees, unshardable
+from shardwright.planner.search import Candidate, Search, measure, timed
+from shardwright.planner.space import Point, block_count, configurations, decide, unshardable
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
-from shardwright.schemas.plan import Infeasible, ModelFacts, Plan, Search
+from shardwright.schemas.plan import Infeasible, ModelFacts, Plan
+from shardwright.schemas.plan import Search as SearchReport
 from shardwright.schemas.profile import ModelProfile
 
 
@@ -26,13 +28,16 @@ def make_plan(job: JobSpec, profile: ModelProfile, *, job_file: str, defaults: t
     strategy leaves nothing to choose from.
     """
     _check_blocks(job, profile)
+    check_recipe(job.train.optimizer, profile.parameters)
     predictor = Predictor(job, profile)
-    found = search(predictor)
-    if not found.feasible and not found.infeasible:
+    found = Search(predictor)
+    chosen = found.chosen()
+    if chosen is not None:
+        return _assemble(predictor, found, chosen, chosen, job_file, defaults)
+    nearest = found.closest(lambda point: True)
+    if nearest is None:
         raise InputError(_nothing_left(job, profile))
-    if not found.feasible:
-        return infeasible(predictor, found)
-    return _assemble(predictor, found, found.feasible[0], job_file, defaults)
+    return infeasible(predictor, found, nearest)
 
 
 def evaluate(plan: Plan, profile: ModelProfile) -> Plan:
@@ -41,13 +46,22 @@ def evaluate(plan: Plan, profile: ModelProfile) -> Plan:
     predictor = Predictor(plan.job, profile)
     point = checked_point(predictor, plan.decision)
     chosen = timed(predictor, measure(predictor, point))
-    return _assemble(predictor, search(predictor), chosen, plan.job_file, plan.defaults)
+    found = Search(predictor)
+    return _assemble(predictor, found, chosen, found.chosen(), plan.job_file, plan.defaults)
 
 
-def _assemble(predictor: Predictor, found: Found, chosen: Candidate, job_file: str, defaults: tuple[str, ...]) -> Plan:
+def _assemble(
+    predictor: Predictor,
+    found: Search,
+    chosen: Candidate,
+    planned: Candidate | None,
+    job_file: str,
+    defaults: tuple[str, ...],
+) -> Plan:
+    """`planned` is the planner's own choice, where there is one."""
     job, profile, point = predictor.job, predictor.profile, chosen.point
-    edited = frozenset(changed(found.feasible[0].point, point)) if found.feasible else frozenset[str]()
-    explainer = Explainer(predictor, found, chosen, edited)
+    explainer = Explainer(predictor, found, chosen, planned)
+    alternatives, reasons = explainer.alternatives(), tuple(explainer.reasons())
     return Plan(
         name=plan_name(point, block_count(profile)),
         job=job,
@@ -57,8 +71,13 @@ def _assemble(predictor: Predictor, found: Found, chosen: Candidate, job_file: s
         model=_facts(profile, point),
         decision=decide(point, job.cluster, block_count(profile)),
         prediction=predictor.prediction(point),
-        search=Search(considered=found.considered, feasible=len(found.feasible), alternatives=explainer.alternatives()),
-        reasons=tuple(explainer.reasons()),
+        search=SearchReport(
+            considered=found.considered,
+            measured=found.measured,
+            feasible=len(found.feasible),
+            alternatives=alternatives,
+        ),
+        reasons=reasons,
         assumptions=assumptions(point, job.cluster, profile),
     )
 
@@ -93,13 +112,7 @@ def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
         return next(configurations(relaxed, profile), None) is not None
 
     pinned = pins(job)
-    refused = unshardable(profile)
-    states = ("strategy.states.parameters", "strategy.states.optimizer_states")
-    if set(states) <= set(pinned) and not permitted_degrees(job):
-        message = "no engine spreads optimizer states over more devices than parameters yet, or over fewer"
-        return [
-            Diagnostic(key=states[1], message=message, suggestion="write the degree of `parameters`, or leave it out")
-        ]
+    refused = unshardable(profile, "fsdp2")
     if not permits_something(without(job, *pinned)):
         world, batch = job.cluster.world_size, job.train.global_batch_sequences
         if batch % world:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from shardwright.planner.engines import ENGINES, EngineName
+from shardwright.planner.flat import ALIGNMENT, Chain
+from shardwright.planner.layouts import Layout, layouts, level_ends
 from shardwright.planner.precisions import PRECISIONS, Precision, permitted_precisions
+from shardwright.planner.quantized import BLOCK
 from shardwright.schemas.base import permits
-from shardwright.schemas.checks import divisors, shard_degrees
+from shardwright.schemas.checks import divisors
 from shardwright.schemas.cluster import ClusterSpec, LevelSpec
-from shardwright.schemas.job import Degree, JobSpec
-from shardwright.schemas.plan import Checkpointing, Decision, Engine, Mesh, MeshAxis, States, StateSharding
+from shardwright.schemas.job import STOCK_ENGINES, JobSpec
+from shardwright.schemas.plan import (
+    Checkpointing,
+    Communication,
+    Decision,
+    Engine,
+    Mesh,
+    MeshAxis,
+    States,
+    StateSharding,
+)
 from shardwright.schemas.profile import ModelProfile
 
 
@@ -23,11 +34,22 @@ class Point:
     engine: EngineName
     world: int
     shard: int
-    """Devices that one copy of parameters and optimizer states is spread over."""
-    kept: bool | None
-    """fsdp2: whether gathered parameters stay from the first forward of a step to its last backward."""
+    """Devices that parameters at rest are spread over."""
+    optimizer_degree: int
+    """Devices that optimizer states are spread over: for the stock engines `shard`."""
     gradient_degree: int
-    """Devices that gradients are spread over while they accumulate: `shard` or 1."""
+    """Devices that gradients are spread over while they accumulate: for fsdp2 `shard` or 1."""
+    secondary: int | None = None
+    """Devices that the second copy of the parameters for backward is spread over; None without one."""
+    axes: tuple[int, ...] = ()
+    """amsp: sizes of the mesh's axes, fastest first."""
+    int8_gathers: tuple[int, ...] = ()
+    """amsp: axes, counted from the fastest, over which parameters are gathered in int8."""
+    int4_reductions: tuple[int, ...] = ()
+    """amsp: axes over which gradients are exchanged in int4."""
+    kept: bool | None
+    """Whether gathered parameters stay from the first forward of a step to its last backward; None where none are
+    gathered."""
     micro_batch: int
     accumulation: int
     checkpointed: int
@@ -36,24 +58,25 @@ class Point:
 
     @property
     def replicas(self) -> int:
-        """Copies of the sharded states."""
+        """Copies of the sharded parameters."""
         return self.world // self.shard
 
     @property
     def gradients_wait(self) -> bool:
         """Whether whole gradients accumulate and are reduced on the last micro-batch only."""
-        return self.accumulation > 1 and self.gradient_degree < self.shard
+        return self.accumulation > 1 and self.gradient_degree == 1 < self.optimizer_degree
 
-
-def level_degree(cluster: ClusterSpec, degree: Degree) -> int | None:
-    """A degree as the job writes it, as a number: a level's name stands for all devices up to and including it, `all`
-    for the world. None for a name that the cluster does not have."""
-    if isinstance(degree, int):
-        return degree
-    if degree == "all":
-        return cluster.world_size
-    names = [level.name for level in cluster.levels]
-    return prod(level.size for level in cluster.levels[: names.index(degree) + 1]) if degree in names else None
+    @property
+    def chain(self) -> Chain:
+        """amsp: the axes and the level of each state on them."""
+        return Chain.of(
+            self.axes,
+            self.shard,
+            self.gradient_degree,
+            self.optimizer_degree,
+            self.secondary,
+            alignment=BLOCK if self.int8_gathers or self.int4_reductions else ALIGNMENT,
+        )
 
 
 def spanned_levels(cluster: ClusterSpec, inner: int, size: int) -> tuple[tuple[LevelSpec, int], ...]:
@@ -85,20 +108,6 @@ def permitted_blocks(job: JobSpec, blocks: int) -> tuple[int, ...]:
     return tuple(sorted(value for value in wanted if value <= blocks))
 
 
-def permitted_degrees(job: JobSpec) -> tuple[int, ...]:
-    """Shard degrees of parameters and optimizer states (equal, for every engine there is) that the job permits: they
-    fill the fastest levels first (AMSP, arXiv 2311.00257, section 3.2: no node is left before it is used up)."""
-    cluster, states = job.cluster, job.strategy.states
-    return tuple(
-        degree
-        for degree in shard_degrees(cluster)
-        if all(
-            choice == "auto" or degree in {level_degree(cluster, value) for value in choice}
-            for choice in (states.parameters, states.optimizer_states)
-        )
-    )
-
-
 def micro_batches(job: JobSpec) -> tuple[int, ...]:
     """Micro-batch sizes that divide what one device trains on in a step, smallest first; none where devices would not
     train on equally much."""
@@ -113,46 +122,72 @@ def profiled(profile: ModelProfile, precision: Precision) -> bool:
     return all(PRECISIONS[precision].compute in unit.costs for unit in profile.units)
 
 
-def unshardable(profile: ModelProfile) -> str:
-    """Why fully_shard refuses the model: a scalar parameter, or one tied across groups; empty when it does not."""
+def unshardable(profile: ModelProfile, engine: EngineName) -> str:
+    """Why an engine that shards refuses the model: for fully_shard a scalar parameter, for all one tied across groups;
+    empty where it does not."""
+    if not ENGINES[engine].shards:
+        return ""
     scalar = next((parameter.name for parameter in profile.parameters if not parameter.shape), None)
-    if scalar is not None:
+    if scalar is not None and not ENGINES[engine].flat:
         return f"the parameter {scalar} is a scalar, which has no dimension to shard; give it shape (1,)"
     for parameter in profile.parameters:
         names = (parameter.name, *parameter.also)
         owners = {next((path for path in profile.block_paths if name.startswith(path + ".")), "") for name in names}
         if len(owners) > 1:
-            return f"the tied parameter {' = '.join(names)} belongs to several FSDP groups"
+            return f"the tied parameter {' = '.join(names)} belongs to several groups of parameters"
     return ""
 
 
+def permitted_engines(job: JobSpec, profile: ModelProfile) -> tuple[EngineName, ...]:
+    """Engines that the job permits and that can hold the model."""
+    choice = job.strategy.engine
+    names = None if choice == "auto" else {*choice, *(STOCK_ENGINES if "stock" in choice else ())}
+    return tuple(name for name in ENGINES if (names is None or name in names) and not unshardable(profile, name))
+
+
 def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
-    """Every permitted point with nothing checkpointed, in a fixed order; the search adds checkpointing."""
+    """Every permitted point with nothing checkpointed, in a fixed order; the search adds checkpointing.
+
+    What a permitted stock engine can run is not offered as `amsp` as well.
+    """
     world = job.cluster.world_size
-    refused = {"fsdp2"} if unshardable(profile) else set()
-    names = [name for name in ENGINES if permits(job.strategy.engine, name) and name not in refused]
+    engines = permitted_engines(job, profile)
     for precision in permitted_precisions(job):
         if not profiled(profile, precision):
             continue
-        for name in names:
-            for shard in permitted_degrees(job):
-                if not ENGINES[name].runs(world=world, degree=shard, precision=precision):
-                    continue
-                for micro_batch in micro_batches(job):
-                    accumulation = job.train.global_batch_sequences // (world * micro_batch)
-                    for degree in _gradient_degrees(job, shard, accumulation):
-                        for kept in _kept(job, name):
-                            yield Point(
-                                engine=name,
-                                world=world,
-                                shard=shard,
-                                kept=kept,
-                                gradient_degree=degree,
-                                micro_batch=micro_batch,
-                                accumulation=accumulation,
-                                checkpointed=0,
-                                precision=precision,
-                            )
+        for micro_batch in micro_batches(job):
+            accumulation = job.train.global_batch_sequences // (world * micro_batch)
+            stock: set[tuple[object, ...]] = set()
+            for name in engines:
+                for layout in layouts(job, ENGINES[name], accumulation):
+                    if not ENGINES[name].runs(world=world, degree=layout.parameters, precision=precision):
+                        continue
+                    if not ENGINES[name].flat:
+                        stock.add(layout.states)
+                    elif layout.states in stock and not layout.quantized:
+                        continue
+                    yield _point(name, world, layout, micro_batch, accumulation, precision)
+
+
+def _point(
+    name: EngineName, world: int, layout: Layout, micro_batch: int, accumulation: int, precision: Precision
+) -> Point:
+    return Point(
+        engine=name,
+        world=world,
+        shard=layout.parameters,
+        optimizer_degree=layout.optimizer_states,
+        gradient_degree=layout.gradients,
+        secondary=layout.secondary,
+        axes=layout.axes,
+        int8_gathers=layout.int8_gathers,
+        int4_reductions=layout.int4_reductions,
+        kept=layout.kept,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        checkpointed=0,
+        precision=precision,
+    )
 
 
 def decide(point: Point, cluster: ClusterSpec, blocks: int) -> Decision:
@@ -162,7 +197,8 @@ def decide(point: Point, cluster: ClusterSpec, blocks: int) -> Decision:
         states=States(
             parameters=_sharding(cluster, point.shard),
             gradients=_sharding(cluster, point.gradient_degree),
-            optimizer_states=_sharding(cluster, point.shard),
+            optimizer_states=_sharding(cluster, point.optimizer_degree),
+            secondary=None if point.secondary is None else _sharding(cluster, point.secondary),
         ),
         micro_batch=point.micro_batch,
         accumulation=point.accumulation,
@@ -170,19 +206,30 @@ def decide(point: Point, cluster: ClusterSpec, blocks: int) -> Decision:
             policy="full" if point.checkpointed else "none", blocks=point.checkpointed, of=blocks
         ),
         precision=point.precision,
+        communication=Communication(
+            int8_gathers=tuple(axis_name(axis) for axis in point.int8_gathers),
+            int4_reductions=tuple(axis_name(axis) for axis in point.int4_reductions),
+        ),
         engine=Engine(name=point.engine, reshard_after_forward=None if point.kept is None else not point.kept),
     )
 
 
 def point_of(decision: Decision) -> Point:
     """The point that a decision states; the inverse of `decide`, without its checks."""
-    reshard = decision.engine.reshard_after_forward
+    reshard, states = decision.engine.reshard_after_forward, decision.states
+    names = [axis.name for axis in reversed(decision.mesh.axes)]
+    flat = ENGINES[decision.engine.name].flat
     return Point(
         engine=decision.engine.name,
         world=decision.mesh.world_size,
-        shard=decision.states.parameters.degree,
+        shard=states.parameters.degree,
+        optimizer_degree=states.optimizer_states.degree,
+        gradient_degree=states.gradients.degree,
+        secondary=None if states.secondary is None else states.secondary.degree,
+        axes=tuple(axis.size for axis in reversed(decision.mesh.axes)) if flat else (),
+        int8_gathers=tuple(names.index(name) for name in decision.communication.int8_gathers),
+        int4_reductions=tuple(names.index(name) for name in decision.communication.int4_reductions),
         kept=None if reshard is None else not reshard,
-        gradient_degree=decision.states.gradients.degree,
         micro_batch=decision.micro_batch,
         accumulation=decision.accumulation,
         checkpointed=decision.checkpointing.blocks,
@@ -190,14 +237,28 @@ def point_of(decision: Decision) -> Point:
     )
 
 
+def axis_name(axis: int) -> str:
+    """The name of amsp's axis, counted from the fastest."""
+    return f"dp_{axis + 1}"
+
+
+def axis_links(cluster: ClusterSpec, axes: tuple[int, ...]) -> tuple[tuple[tuple[LevelSpec, int], ...], ...]:
+    """For each of amsp's axes the levels that it spans, as `spanned_levels` has them."""
+    return tuple(spanned_levels(cluster, inner, size) for inner, size in zip(level_ends(axes)[:-1], axes, strict=True))
+
+
 def _axes(point: Point, cluster: ClusterSpec) -> tuple[MeshAxis, ...]:
     """Slowest first. `single` has no mesh, `ddp` the replicas alone, fsdp2 no replicas where there is one copy."""
 
-    def levels(inner: int, size: int) -> tuple[str, ...]:
-        return tuple(level.name for level, _ in spanned_levels(cluster, inner, size))
+    def axis(name: str, inner: int, size: int) -> MeshAxis:
+        levels = tuple(level.name for level, _ in spanned_levels(cluster, inner, size))
+        return MeshAxis(name=name, size=size, levels=levels)
 
-    replicate = MeshAxis(name="dp_replicate", size=point.replicas, levels=levels(point.shard, point.replicas))
-    shard = MeshAxis(name="dp_shard", size=point.shard, levels=levels(1, point.shard))
+    if ENGINES[point.engine].flat:
+        inners = level_ends(point.axes)
+        made = [axis(axis_name(index), inners[index], size) for index, size in enumerate(point.axes)]
+        return tuple(reversed(made))
+    replicate, shard = axis("dp_replicate", point.shard, point.replicas), axis("dp_shard", 1, point.shard)
     if not ENGINES[point.engine].shards:
         return (replicate,) if point.world > 1 else ()
     return (replicate, shard) if point.replicas > 1 else (shard,)
@@ -205,21 +266,3 @@ def _axes(point: Point, cluster: ClusterSpec) -> tuple[MeshAxis, ...]:
 
 def _sharding(cluster: ClusterSpec, degree: int) -> StateSharding:
     return StateSharding(degree=degree, levels=tuple(level.name for level, _ in spanned_levels(cluster, 1, degree)))
-
-
-def _gradient_degrees(job: JobSpec, shard: int, accumulation: int) -> tuple[int, ...]:
-    """`shard`, and 1 where there is something to accumulate, as far as the job permits. Without accumulation a
-    gradient waits for nothing, so whole gradients are no choice of their own."""
-    choice = job.strategy.states.gradients
-    possible = (shard,) if accumulation == 1 or shard == 1 else (shard, 1)
-    return tuple(
-        degree
-        for degree in possible
-        if choice == "auto" or degree in {level_degree(job.cluster, value) for value in choice}
-    )
-
-
-def _kept(job: JobSpec, engine: EngineName) -> tuple[bool | None, ...]:
-    if not ENGINES[engine].shards:
-        return (None,)
-    return tuple(kept for kept in (False, True) if permits(job.strategy.reshard_after_forward, not kept))

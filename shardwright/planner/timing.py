@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import accumulate
 
 from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES
 from shardwright.planner.compute import KINDS, UnitWork, memory_rate, model_work
 from shardwright.planner.constants import device_constants
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.flat_lanes import FlatStep, run_flat
+from shardwright.planner.flat_timing import FlatTime
 from shardwright.planner.groups import Groups
-from shardwright.planner.lanes import Load, StepLoad, run_lanes
+from shardwright.planner.lanes import Load, StepLoad, least_lane_seconds, run_lanes
 from shardwright.planner.network import CollectiveKind, Links, collective_seconds
 from shardwright.planner.optimizers import OPTIMIZERS
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
@@ -38,38 +41,60 @@ class TimeModel:
         device = job.cluster.device
         self._constants = device_constants(device)
         self._memory_rate = memory_rate(device)
+        self._flat = FlatTime(job.cluster, groups)
         self._work: Callable[[ComputeDtypeName, int, bool], list[UnitWork]] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch, hooked: model_work(profile, dtype, micro_batch, device, hooked)
         )
 
+        self._passes: Callable[[ComputeDtypeName, int], tuple[float, list[float]]] = lru_cache(maxsize=None)(
+            lambda dtype, micro_batch: _totals(self._work(dtype, micro_batch, True))
+        )
+
     def step(self, point: Point) -> Step:
-        """Predict one step: the lanes ([Note: lanes]), then the gradient norm, the optimizer and the host."""
-        work = self._work(PRECISIONS[point.precision].compute, point.micro_batch, ENGINES[point.engine].shards)
-        lanes = run_lanes(self._load(point, work))
-        own = self._groups.sizes(point.shard).own
-        optimizer = OPTIMIZERS[self._job.train.optimizer.name].traffic_bytes(self._job.train.optimizer)
+        """Predict one step: the lanes ([Note: lanes], [Note: wires]), then what follows them."""
+        work = self._point_work(point)
+        lanes = run_flat(self._flat_load(point, work)) if _is_flat(point) else run_lanes(self._load(point, work))
         waits = [
             ("parameter and gradient copies", lanes.copies, "in and out of the collectives' buffers"),
             ("exposed gathers", lanes.gather_stall, "compute waits for parameters"),
             ("exposed reductions", lanes.reduce_stall, "compute waits for gradients to be reduced"),
-            ("gradient norm", self._norm(point, own), "read, reduced, and the gradients scaled"),
-            ("optimizer", optimizer * own / self._memory_rate, "memory traffic of the update"),
-            ("metrics", self._metrics(point), "two small all-reduces"),
-            ("host overhead", self._constants.step_overhead.value, "batches, logging, synchronisation"),
+            *self._tail(point),
         ]
         parts = (*_compute_parts(point, work), *(TimePart(name=n, seconds=s, note=note) for n, s, note in waits))
         kept = tuple(part for part in parts if part.seconds > 0)
         return Step(sum(part.seconds for part in kept), kept)
 
-    def _load(self, point: Point, work: list[UnitWork]) -> StepLoad:
-        blocks = [unit for unit in work if unit.kind == "block" for _ in range(unit.count)]
-        compute = [
-            (
-                unit.forward.seconds,
-                unit.backward.seconds + (unit.recompute if index < point.checkpointed else 0.0),
-            )
-            for index, unit in enumerate(blocks)
+    def least(self, point: Point) -> float:
+        """A lower bound of the step: whatever the order, all compute has to be done and every link carries its load."""
+        if _is_flat(point):
+            dtype = PRECISIONS[point.precision].compute
+            passes, recomputed = self._passes(dtype, point.micro_batch)
+            lanes = self._flat.least(point, passes + recomputed[point.checkpointed])
+        else:
+            lanes = least_lane_seconds(self._load(point, self._point_work(point)))
+        return lanes + sum(seconds for _, seconds, _ in self._tail(point))
+
+    def _point_work(self, point: Point) -> list[UnitWork]:
+        return self._work(PRECISIONS[point.precision].compute, point.micro_batch, ENGINES[point.engine].shards)
+
+    def _tail(self, point: Point) -> list[tuple[str, float, str]]:
+        """What follows forward and backward."""
+        own = self._flat.own(point) if _is_flat(point) else self._groups.sizes(point.shard).own
+        traffic = OPTIMIZERS[self._job.train.optimizer.name].traffic_bytes(self._job.train)
+        if _is_flat(point) and PRECISIONS[point.precision].compute_bytes < MASTER_BYTES:
+            traffic += MASTER_BYTES + PRECISIONS[point.precision].compute_bytes
+        return [
+            ("gradient norm", self._norm(point, own), "read, reduced, and the gradients scaled"),
+            ("optimizer", traffic * own / self._memory_rate, "memory traffic of the update"),
+            ("metrics", self._metrics(point), "two small all-reduces"),
+            ("host overhead", self._constants.step_overhead.value, "batches, logging, synchronisation"),
         ]
+
+    def _flat_load(self, point: Point, work: list[UnitWork]) -> FlatStep:
+        return self._flat.step(point, _block_passes(point, work), _passes(work, "embedding"), _passes(work, "head"))
+
+    def _load(self, point: Point, work: list[UnitWork]) -> StepLoad:
+        compute = _block_passes(point, work)
         groups = self._sharded(point, compute) if ENGINES[point.engine].shards else self._replicated(point, compute)
         return StepLoad(
             blocks=groups[:-1],
@@ -79,7 +104,15 @@ class TimeModel:
             micro_batches=point.accumulation,
             kept=bool(point.kept),
             waits=point.gradients_wait,
+            shared=self._shares_links(point),
         )
+
+    def _shares_links(self, point: Point) -> bool:
+        """Whether both axes of the mesh are bound by the same level of the cluster ([Note: lanes])."""
+        levels = [
+            spanned_levels(self._job.cluster, *axis) for axis in ((1, point.shard), (point.shard, point.replicas))
+        ]
+        return all(levels) and levels[0][-1][0] == levels[1][-1][0]
 
     def _sharded(self, point: Point, compute: list[tuple[float, float]]) -> list[Load]:
         """fsdp2: every group on every lane. Equal groups are worked out once."""
@@ -87,14 +120,16 @@ class TimeModel:
         element = PRECISIONS[point.precision].compute_bytes
 
         @cache
-        def communication(gathered: int, reduced: int) -> tuple[float, float, float, float, float]:
+        def communication(gathered: int, reduced: int) -> tuple[float, float, float, float, float, float]:
+            again = point.shard if point.secondary is None else point.secondary
             copied = (element if point.shard > 1 else MASTER_BYTES) + element
             handed = element + MASTER_BYTES * (1 if point.shard > 1 else 3)
             return (
-                self._shard_seconds("all_gather", point, element * gathered),
+                self._shard_seconds("all_gather", point.shard, element * gathered),
+                self._shard_seconds("all_gather", again, element * gathered),
                 copied * gathered / self._memory_rate,
                 handed * reduced / self._memory_rate,
-                self._shard_seconds("reduce_scatter", point, MASTER_BYTES * reduced),
+                self._shard_seconds("reduce_scatter", point.shard, MASTER_BYTES * reduced),
                 self._replicate_seconds(point, MASTER_BYTES * reduced // point.shard),
             )
 
@@ -118,22 +153,24 @@ class TimeModel:
         rest = pending + MASTER_BYTES * (sizes.root_numel - sizes.head_numel)
         reductions = [*reversed(reductions), self._replicate_seconds(point, rest)]
         return [
-            Load(*passes, gather=0.0, copy=0.0, hand_over=0.0, reduce=0.0, all_reduce=seconds)
+            Load(*passes, gather=0.0, again=0.0, copy=0.0, hand_over=0.0, reduce=0.0, all_reduce=seconds)
             for passes, seconds in zip((*compute, (0.0, 0.0)), reductions, strict=True)
         ]
 
     def _norm(self, point: Point, own: int) -> float:
         clips = self._job.train.optimizer.clip_grad_norm is not None
-        scalars = MASTER_BYTES * self._groups.sizes(point.shard).tensors
         traffic = MASTER_BYTES * own * (3 if clips else 1) / self._memory_rate
-        return traffic + self._shard_seconds("all_reduce", point, scalars)
+        if _is_flat(point):
+            return traffic + self._flat.norm(point)
+        scalars = MASTER_BYTES * self._groups.sizes(point.shard).tensors
+        return traffic + self._shard_seconds("all_reduce", point.shard, scalars)
 
     def _metrics(self, point: Point) -> float:
         world = spanned_levels(self._job.cluster, 1, point.world)
         return sum(self._seconds("all_reduce", world, size) for size in (COUNTS_BYTES, LOSS_BYTES))
 
-    def _shard_seconds(self, kind: CollectiveKind, point: Point, size: int) -> float:
-        return self._seconds(kind, spanned_levels(self._job.cluster, 1, point.shard), size)
+    def _shard_seconds(self, kind: CollectiveKind, degree: int, size: int) -> float:
+        return self._seconds(kind, spanned_levels(self._job.cluster, 1, degree), size)
 
     def _replicate_seconds(self, point: Point, size: int) -> float:
         return self._seconds("all_reduce", spanned_levels(self._job.cluster, point.shard, point.replicas), size)
@@ -155,6 +192,26 @@ def _compute_parts(point: Point, work: list[UnitWork]) -> list[TimePart]:
     blocks = [unit.recompute for unit in work if unit.kind == "block" for _ in range(unit.count)]
     recomputed = point.accumulation * sum(blocks[: point.checkpointed])
     return [*parts, TimePart(name="recompute", seconds=recomputed, note="forward of checkpointed blocks, again")]
+
+
+def _is_flat(point: Point) -> bool:
+    return ENGINES[point.engine].flat
+
+
+def _block_passes(point: Point, work: list[UnitWork]) -> list[tuple[float, float]]:
+    """Seconds of forward and backward of each block; a checkpointed one's backward recomputes."""
+    blocks = [unit for unit in work if unit.kind == "block" for _ in range(unit.count)]
+    return [
+        (unit.forward.seconds, unit.backward.seconds + (unit.recompute if index < point.checkpointed else 0.0))
+        for index, unit in enumerate(blocks)
+    ]
+
+
+def _totals(work: list[UnitWork]) -> tuple[float, list[float]]:
+    """Seconds of a micro-batch with nothing recomputed, and what recomputing the first 0, 1, 2, ... blocks adds."""
+    plain = sum(unit.count * (unit.forward.seconds + unit.backward.seconds) for unit in work)
+    blocks = [unit.recompute for unit in work if unit.kind == "block" for _ in range(unit.count)]
+    return plain, [0.0, *accumulate(blocks)]
 
 
 def _passes(work: list[UnitWork], kind: UnitKind) -> tuple[float, float]:

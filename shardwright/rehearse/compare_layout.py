@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwright.planner.sharding import State
+from shardwright.planner.at_rest import State
 from shardwright.rehearse.report_types import Check
 from shardwright.schemas.plan import Collective, Mesh
 
@@ -40,15 +40,19 @@ Calls = Counter[tuple[str, tuple[int, ...], int]]
 """How often a process takes part in a collective: kind, ranks of its group, bytes of the whole tensor."""
 
 
-def group_ranks(mesh: Mesh, axis: str, rank: int) -> tuple[int, ...]:
-    """Global ranks of the group of an axis (or `world`) that holds `rank`; the mesh counts its last axis fastest."""
+def group_ranks(mesh: Mesh, axis: str, rank: int, size: int | None = None) -> tuple[int, ...]:
+    """Global ranks of the group of an axis (or `world`) that holds `rank`; the mesh counts its last axis fastest.
+
+    `size`: only so many neighbours on the axis, which share fsdp2's second copy.
+    """
     if axis == "world":
         return tuple(range(mesh.world_size))
     stride = 1
     for one in reversed(mesh.axes):
         if one.name == axis:
-            first = rank - rank // stride % one.size * stride
-            return tuple(range(first, first + one.size * stride, stride))
+            many = size or one.size
+            first = rank - rank // stride % many * stride
+            return tuple(range(first, first + many * stride, stride))
         stride *= one.size
     raise ValueError(f"the mesh has no axis {axis}")
 
@@ -62,14 +66,15 @@ def compare_collectives(
     """
     checks = []
     rest = [Counter({(kind, tuple(group), size): n for kind, group, size, n in rank["collectives"]}) for rank in found]
-    for kind, axis in dict.fromkeys((call.kind, call.axis) for call in predicted):
+    whole = {axis.name: axis.size for axis in mesh.axes} | {"world": mesh.world_size}
+    for kind, axis, size in dict.fromkeys((call.kind, call.axis, call.group_size) for call in predicted):
         sizes = Counter[int]()
         for call in predicted:
-            if (call.kind, call.axis) == (kind, axis):
+            if (call.kind, call.axis, call.group_size) == (kind, axis, size):
                 sizes[call.bytes] += call.count
-        taken = [_take(calls, kind, group_ranks(mesh, axis, rank), sizes) for rank, calls in enumerate(rest)]
+        taken = [_take(calls, kind, group_ranks(mesh, axis, rank, size), sizes) for rank, calls in enumerate(rest)]
         worst = max(taken, key=lambda have: ((sizes - have) + (have - sizes)).total())
-        name = f"{kind} over {axis}"
+        name = f"{kind} over {axis}" + (f", {size} of it" if size < whole[axis] else "")
         checks.append(_calls_check(run, name, sizes, worst))
     for kind, group in dict.fromkeys((kind, group) for calls in rest for kind, group, _ in +calls):
         sizes = max((_sizes(calls, kind, group) for calls in rest), key=Counter.total)

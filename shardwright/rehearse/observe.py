@@ -2,17 +2,21 @@
 
 torch's public global hooks give the moments: `register_module_forward_pre_hook` the first module called, which is the
 whole model, and `register_optimizer_step_pre_hook` and `..._post_hook` the optimizer before and after each step. What
-lies between the ends of two neighbouring steps is one whole step, wherever the script starts its own count.
+lies between the ends of two neighbouring steps is one whole step, wherever the script starts its own count. Of a script
+with `ShardedStates` the object itself is looked for: parameters are views that are empty between their uses.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -60,7 +64,7 @@ class Observer:
 
     def _save_findings(self, optimizer: Optimizer) -> None:
         findings = {
-            "at_rest": at_rest(self._parameters(), optimizer),
+            "at_rest": at_rest([value for _, value in self._named_parameters()], optimizer, sharded_states()),
             "collectives": [[*call, count] for call, count in sorted(self._collectives.calls.items())],
             "unseen_collectives": self._collectives.unseen,
             "random_numbers_drawn": self._drawn,
@@ -69,7 +73,7 @@ class Observer:
 
     def _save_weights(self, when: str) -> None:
         """Whole tensors by name; every process takes part, because sharded ones are gathered."""
-        whole = {name: _whole(parameter) for name, parameter in self._named_parameters()}
+        whole = whole_values(dict(self._named_parameters()), sharded_states())
         if self._rank == 0:
             torch.save(whole, self._folder / f"{when}.pt")
 
@@ -77,20 +81,49 @@ class Observer:
         assert self._model is not None, "the optimizer stepped before any module was called"
         return self._model.named_parameters()
 
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for _, parameter in self._named_parameters()]
+
+def sharded_states() -> Any:
+    """The `ShardedStates` of this process, or None."""
+    module = sys.modules.get("shardwright_runtime.states")
+    made = () if module is None else (each for each in gc.get_objects() if type(each) is module.ShardedStates)
+    return next(iter(made), None)
 
 
-def at_rest(parameters: Iterable[Tensor], optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of the distinct storages of this process by model state, while the optimizer's step ends."""
-    parameters = list(parameters)
+def whole_values(parameters: Mapping[str, Tensor], sharded: Any) -> dict[str, Tensor]:
+    """Whole tensors by name; of `ShardedStates` the fp32 values, which are what a checkpoint holds."""
+    if sharded is None:
+        return {name: _whole(parameter) for name, parameter in parameters.items()}
+    holder, whole = sys.modules["shardwright_runtime.held_flat"].FlatHolder(sharded), {}
+    for name, parameter in parameters.items():
+        held = holder.held(parameter)
+        whole[name] = torch.zeros(held.shape, dtype=held.dtype)
+        for box, values in held.parts if held.replica[0] == 0 else ():
+            whole[name][tuple(map(slice, box.start, box.stop))] = values.detach()
+        dist.all_reduce(whole[name])  # each element is in one process
+    return whole
+
+
+def at_rest(parameters: Sequence[Tensor], optimizer: Optimizer, sharded: Any) -> dict[str, int]:
+    """Bytes of the distinct storages of this process by model state, while the optimizer's step ends.
+
+    The fp32 values of `ShardedStates` count as optimizer states where parameters rest in fewer bits.
+    """
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return {
-        "parameters": _storage_bytes([*parameters, *own]),
-        "gradients": _storage_bytes(p.grad for p in [*parameters, *own] if p.grad is not None),
-        "optimizer_states": _storage_bytes(states),
+    resting = [*parameters, *own]
+    if sharded is not None:
+        buckets = [bucket for unit in sharded.units for bucket in unit]
+        kept = [(bucket.whole, bucket.shard, bucket.secondary) for bucket in buckets]
+        resting = [each for tensors in kept for each in tensors if each is not None]
+        states += [bucket.master for bucket in buckets]
+    parts = {
+        "parameters": _storages(resting),
+        "gradients": _storages(p.grad for p in [*parameters, *own] if p.grad is not None),
+        "optimizer_states": _storages(states),
     }
+    for pointer in parts["parameters"]:
+        parts["optimizer_states"].pop(pointer, None)
+    return {state: sum(storages.values()) for state, storages in parts.items()}
 
 
 def random_numbers_drawn(before: Tensor) -> bool:
@@ -100,9 +133,10 @@ def random_numbers_drawn(before: Tensor) -> bool:
     return not torch.equal(now, before) and not torch.equal(now, seeded)
 
 
-def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each distinct storage."""
     storages = [_local(tensor).untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shardwright.rehearse.launch import Failure, Launch, run
 from shardwright.rehearse.report_types import Check, RehearsalReport, Run
-from shardwright.rehearse.shrink import SmallJob, pinned, reference, shrink
+from shardwright.rehearse.shrink import SmallJob, exactly, pinned, reference, shrink
 from shardwright.rehearse.trials import Trial, trials
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
@@ -130,26 +130,37 @@ def compile_trial(
     small: SmallJob, plan: Plan, profile: ModelProfile, one: Trial, folder: Path, workplace: Path
 ) -> Pair:
     """Write the scripts of one trial below `workplace`: the shrunk plan's, and that of one process."""
-    job = pinned(small, plan.decision, one.optimizer, one.precision, len(profile.block_paths))
+    from shardwright.planner import evaluate
+    from shardwright.planner.recipe import fitting
+
+    optimizer = fitting(one.optimizer, profile.parameters)
+    job = pinned(small, plan.decision, optimizer, one.precision, len(profile.block_paths))
     micro_batch = small.micro_batch if one.same_micro_batches else small.job.train.global_batch_sequences
-    alone = reference(small, one.optimizer, one.precision, micro_batch)
+    alone = reference(small, optimizer, one.precision, micro_batch)
     name = one.name.replace(", ", "-").replace(" ", "-")
-    own, own_launch = _emit(job, plan, profile, folder, workplace / name / "plan")
-    single, single_launch = _emit(alone, plan, profile, folder, workplace / name / "one-process")
-    return Pair(one, own, own_launch, single, single_launch)
+    own, single = _only_plan(job, plan, profile), _only_plan(alone, plan, profile)
+    wanted = exactly(small, plan.decision, own.decision, fewer_bits=one.fewer_bits)
+    if wanted != own.decision:
+        own = evaluate(own.model_copy(update={"decision": wanted}), profile)
+    launch = _emit(own, folder, workplace / name / "plan")
+    return Pair(one, own, launch, single, _emit(single, folder, workplace / name / "one-process"))
 
 
-def _emit(job: JobSpec, plan: Plan, profile: ModelProfile, folder: Path, out: Path) -> tuple[Plan, Launch]:
-    from shardwright.backends.emission import write
-    from shardwright.backends.pytorch import emit
+def _only_plan(job: JobSpec, plan: Plan, profile: ModelProfile) -> Plan:
     from shardwright.planner import make_plan
 
-    small = make_plan(job, profile, job_file=plan.job_file, defaults=())
-    if not isinstance(small, Plan):
-        raise RuntimeError(f"the shrunk plan does not fit: {small.changes}")
-    write(emit(small, folder, out), out)
-    launch = Launch(folder=str(out), processes=small.decision.mesh.world_size, steps=job.train.total_steps)
-    return small, launch
+    found = make_plan(job, profile, job_file=plan.job_file, defaults=())
+    if not isinstance(found, Plan):
+        raise RuntimeError(f"the shrunk plan does not fit: {found.changes}")
+    return found
+
+
+def _emit(plan: Plan, folder: Path, out: Path) -> Launch:
+    from shardwright.backends.emission import write
+    from shardwright.backends.pytorch import emit
+
+    write(emit(plan, folder, out), out)
+    return Launch(folder=str(out), processes=plan.decision.mesh.world_size, steps=plan.job.train.total_steps)
 
 
 def _run(

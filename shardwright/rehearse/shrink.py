@@ -5,17 +5,19 @@ Nothing is left for the planner to choose: every decision is pinned to what the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from shardwright.planner.engines import ENGINES
+from shardwright.planner.space import decide, point_of
 from shardwright.rehearse.report_types import Change
 from shardwright.rehearse.shrink_mesh import SmallMesh, shrink_mesh
 from shardwright.rehearse.shrink_model import SMALL_VOCABULARY, shrink_model
 from shardwright.schemas.cluster import ClusterSpec, DeviceSpec
 from shardwright.schemas.job import DataSpec, JobSpec, OptimizerSpec, StatesSpec, StrategySpec, SyntheticSpec, TrainSpec
 from shardwright.schemas.job_files import expand
-from shardwright.schemas.plan import Checkpointing, Decision, Plan
+from shardwright.schemas.plan import Checkpointing, Communication, Decision, Plan
 from shardwright.schemas.units import Amount
 
 _SEQUENCE_LENGTH = 64
@@ -56,7 +58,7 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
     Raises InputError if the model's configuration cannot be read.
     """
     job, decision = plan.job, plan.decision
-    mesh = shrink_mesh(decision.mesh, job.cluster, processes)
+    mesh = shrink_mesh(decision, job.cluster, processes)
     micro_batch = min(decision.micro_batch, _MICRO_BATCH)
     accumulation = min(decision.accumulation, _ACCUMULATION)
     data, vocabulary, data_changes = _small_data(job.data, folder)
@@ -71,7 +73,7 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
         quality=job.quality,
     )
     sizes: list[tuple[str, Any, Any]] = [
-        *((f"decision.mesh.{axis.name}", axis.size, mesh.axes[axis.name]) for axis in decision.mesh.axes),
+        *_layout_changes(decision, mesh),
         ("decision.micro_batch", decision.micro_batch, micro_batch),
         ("decision.accumulation", decision.accumulation, accumulation),
         ("train.sequence_length", job.train.sequence_length, train.sequence_length),
@@ -90,22 +92,44 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
 
 
 def pinned(small: SmallJob, decision: Decision, optimizer: OptimizerSpec, precision: Precision, blocks: int) -> JobSpec:
-    """The job whose only plan is `decision`, shrunk. `blocks`: how many repeated blocks the small model has."""
-    degree = small.mesh.axes.get("dp_shard", 1)
-    fsdp2 = decision.engine.name == "fsdp2"
+    """The job whose only plan is `decision`, shrunk, but for its mesh (`exactly`). `blocks`: how many repeated blocks
+    the small model has."""
+    states, freed = decision.states, decision.engine.reshard_after_forward
     strategy = StrategySpec(
         states=StatesSpec(
-            parameters=(degree,),
-            gradients=(degree if decision.states.gradients.degree > 1 else 1,),
-            optimizer_states=(degree,),
+            parameters=(small.mesh.degree(states.parameters.degree),),
+            gradients=(small.mesh.degree(states.gradients.degree),),
+            optimizer_states=(small.mesh.degree(states.optimizer_states.degree),),
+            secondary=(_second(decision, small.mesh) or "none",),
         ),
-        reshard_after_forward=(bool(decision.engine.reshard_after_forward),) if fsdp2 else "auto",
+        reshard_after_forward="auto" if freed is None else (freed,),
+        int8_gathers=("none",),
+        int4_reductions=("none",),
         micro_batch=(small.micro_batch,),
         checkpointing=(_fewer_checkpoints(decision.checkpointing, blocks),),
         precision=(precision,),
         engine=(decision.engine.name,),
     )
     return _with(small.job, optimizer, strategy)
+
+
+def exactly(small: SmallJob, decision: Decision, found: Decision, *, fewer_bits: bool) -> Decision:
+    """What the planner has `found` for the pinned job, over all axes of `decision`, shrunk.
+
+    `fewer_bits`: and sending in fewer bits what it sends so.
+    """
+    if not ENGINES[decision.engine.name].flat:
+        return found
+    axes = [(name, size) for name, size in reversed(small.mesh.axes.items()) if size > 1]
+    names = [name for name, _ in axes]
+    sent = decision.communication if fewer_bits else Communication()
+    point = replace(
+        point_of(found),
+        axes=tuple(size for _, size in axes),
+        int8_gathers=tuple(names.index(name) for name in sent.int8_gathers if name in names),
+        int4_reductions=tuple(names.index(name) for name in sent.int4_reductions if name in names),
+    )
+    return decide(point, small.job.cluster, found.checkpointing.of)
 
 
 def reference(small: SmallJob, optimizer: OptimizerSpec, precision: Precision, micro_batch: int) -> JobSpec:
@@ -119,6 +143,35 @@ def reference(small: SmallJob, optimizer: OptimizerSpec, precision: Precision, m
         engine=("single" if precision == "fp32" else "fsdp2",),
     )
     return _with(small.job.model_copy(update={"cluster": alone}), optimizer, strategy)
+
+
+def _layout_changes(decision: Decision, mesh: SmallMesh) -> list[tuple[str, Any, Any]]:
+    """Sizes before and after; amsp's axes are counted anew where one has vanished, so they are told together."""
+    if not ENGINES[decision.engine.name].flat:
+        axes = [(f"decision.mesh.{axis.name}", axis.size, mesh.axes[axis.name]) for axis in decision.mesh.axes]
+        return [*axes, *_second_change(decision, mesh)]
+    before, after = [axis.size for axis in decision.mesh.axes], [size for size in mesh.axes.values() if size > 1]
+    states = {name: getattr(decision.states, name) for name in ("parameters", "gradients", "optimizer_states")}
+    return [
+        ("decision.mesh.axes", " x ".join(map(str, before)), " x ".join(map(str, after))),
+        *(
+            (f"decision.states.{name}.degree", state.degree, mesh.degree(state.degree))
+            for name, state in states.items()
+        ),
+        *_second_change(decision, mesh),
+    ]
+
+
+def _second_change(decision: Decision, mesh: SmallMesh) -> list[tuple[str, Any, Any]]:
+    second = decision.states.secondary
+    return [] if second is None else [("decision.states.secondary.degree", second.degree, _second(decision, mesh))]
+
+
+def _second(decision: Decision, mesh: SmallMesh) -> int | None:
+    """Degree of the second copy; None where there is none, or no room for one."""
+    second = decision.states.secondary
+    small = 1 if second is None else mesh.degree(second.degree)
+    return small if 1 < small < mesh.degree(decision.states.parameters.degree) else None
 
 
 def _with(job: JobSpec, optimizer: OptimizerSpec, strategy: StrategySpec) -> JobSpec:
@@ -151,6 +204,7 @@ def _small_train(job: JobSpec, steps: int, global_batch: int) -> TrainSpec:
         global_batch=Amount(global_batch, "sequences"),
         steps=steps,
         optimizer=train.optimizer,
+        ema=train.ema,
         schedule=train.schedule.model_copy(update={"warmup": warmup}),
         seed=train.seed,
     )

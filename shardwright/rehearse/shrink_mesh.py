@@ -1,32 +1,37 @@
-"""Fewer processes, the same structure: every mesh axis wider than one stays so where it can.
+"""Fewer processes, the same structure: axes stay wider than one and shard degrees apart, where they can.
 
 [Note: how axes are shrunk]
-Ranks count through the levels of the cluster, fastest first, and through the axes of the mesh, last first; so every
-axis is a product of factors, each within one level. A rehearsal gives each factor the size 2, drops factors while the
-product is more than the processes allowed (an axis loses its slower factors first, and only then vanishes whole), and
-grows what is left towards four processes. Four tell apart what two cannot (the first shard, the last one and those
-between), and more than four prove nothing new about one axis.
+Ranks count through the levels of the cluster, fastest first, and through the axes of the mesh, last first; shard
+degrees count through them too, and one may end inside an axis (that of fsdp2's second copy). So the world is a product
+of factors, each within one level, one axis and one gap between neighbouring degrees. A rehearsal gives each factor the
+size 2, drops factors while the product is more than the processes allowed (a gap loses its slower factors first, and
+only then vanishes whole, the slowest one first), and grows what is left towards four processes. Four tell apart what
+two cannot (the first shard, the last one and those between), and more than four prove nothing new about one axis.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, prod
+from typing import NamedTuple
 
 from shardwright.schemas.cluster import ClusterSpec, LevelSpec
-from shardwright.schemas.plan import Mesh
+from shardwright.schemas.plan import Decision
 
 _ENOUGH = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Factor:
-    """The part of one axis that lies in one level of the cluster."""
+class Factor(NamedTuple):
+    """The part of the world that lies in one axis, one level of the cluster and one gap between degrees."""
 
     axis: str
     level: int
+    gap: int
     size: int
+    end: int
+    """Devices inside of it and itself: the degree that it leads to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,51 +41,73 @@ class SmallMesh:
     axes: dict[str, int]
     """Size by axis; an axis that vanished has size 1."""
     levels: tuple[LevelSpec, ...]
+    kept: tuple[tuple[Factor, int], ...]
+    """What is left of the factors, each with its size."""
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
         return prod(self.axes.values())
 
+    def degree(self, degree: int) -> int:
+        """What has become of a shard degree."""
+        return prod(small for factor, small in self.kept if factor.end <= degree)
 
-def shrink_mesh(mesh: Mesh, cluster: ClusterSpec, processes: int) -> SmallMesh:
+
+def shrink_mesh(decision: Decision, cluster: ClusterSpec, processes: int) -> SmallMesh:
     """The smallest mesh of the same structure on at most `processes` ([Note: how axes are shrunk])."""
-    kept = _grown(_few(factors(mesh, cluster), processes), min(processes, _ENOUGH))
-    sizes = {str(axis.name): prod(small for factor, small in kept if factor.axis == axis.name) for axis in mesh.axes}
+    kept = _grown(_few(factors(decision, cluster), processes), min(processes, _ENOUGH))
+    axes = [axis.name for axis in decision.mesh.axes]
+    sizes = {axis: prod(small for factor, small in kept if factor.axis == axis) for axis in axes}
     widths = [prod(small for factor, small in kept if factor.level == n) for n in range(len(cluster.levels))]
     levels = [
         level.model_copy(update={"size": width})
         for level, width in zip(cluster.levels, widths, strict=True)
         if width > 1
     ]
-    return SmallMesh(sizes, tuple(levels) or (cluster.levels[0].model_copy(update={"size": 1}),))
+    return SmallMesh(sizes, tuple(levels) or (cluster.levels[0].model_copy(update={"size": 1}),), tuple(kept))
 
 
-def factors(mesh: Mesh, cluster: ClusterSpec) -> list[Factor]:
-    """The axes as products of parts of levels, fastest first; parts of size 1 are left out."""
+def factors(decision: Decision, cluster: ClusterSpec) -> list[Factor]:
+    """The world as a product of factors, fastest first; those of size 1 are left out."""
     found: list[Factor] = []
+    degrees = _degrees(decision)
     room = [level.size for level in cluster.levels]
-    for axis in reversed(mesh.axes):
+    end = 1
+    for axis in reversed(decision.mesh.axes):
         left = axis.size
         for number in range(len(room)):
-            size = gcd(left, room[number])
-            if size > 1:
-                found.append(Factor(axis.name, number, size))
-            left, room[number] = left // size, room[number] // size
+            while (size := gcd(left, room[number], _to_next(degrees, end))) > 1:
+                end, left, room[number] = end * size, left // size, room[number] // size
+                found.append(Factor(axis.name, number, bisect_left(degrees, end), size, end))
             if room[number] > 1:
                 break
         if left > 1:  # the axis does not divide the levels evenly: what is left counts to the slowest
-            found.append(Factor(axis.name, len(room) - 1, left))
+            end *= left
+            found.append(Factor(axis.name, len(room) - 1, bisect_left(degrees, end), left, end))
     return found
+
+
+def _degrees(decision: Decision) -> list[int]:
+    """The shard degrees and the world size, from one on."""
+    states = decision.states
+    secondary = () if states.secondary is None else (states.secondary.degree,)
+    named = (states.parameters.degree, states.gradients.degree, states.optimizer_states.degree, *secondary)
+    return sorted({1, *named, decision.mesh.world_size})
+
+
+def _to_next(degrees: Sequence[int], end: int) -> int:
+    """How much wider the next degree is."""
+    return next((degree // end for degree in degrees if degree > end), 1)
 
 
 def _few(found: Sequence[Factor], processes: int) -> list[Factor]:
     """As many factors as fit when each has size 2."""
     kept = list(found)
     while 2 ** len(kept) > processes:
-        axes = [factor.axis for factor in kept]
-        split = [number for number, axis in enumerate(axes) if axes.count(axis) > 1]
-        del kept[split[-1] if split else -1]
+        gaps = [factor.gap for factor in kept]
+        shared = [number for number, gap in enumerate(gaps) if gaps.count(gap) > 1]
+        del kept[shared[-1] if shared else -1]
     return kept
 
 

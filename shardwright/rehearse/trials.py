@@ -3,7 +3,8 @@
 [Note: why several trials]
 AdamW divides each gradient by its own size, so that a wrong scale of the loss hardly shows in the parameters; SGD
 without clipping is proportional to it. And bf16 rounds so coarsely that small errors drown, so the same sharding is
-rehearsed in float32 as well; fully_shard runs float32 only where it shards.
+rehearsed in float32 as well; fully_shard runs float32 only where it shards. Numbers that travel in fewer bits are
+rounded much coarser still, so the same layout is rehearsed with exact ones, and then once as it is.
 
 [Note: which one process]
 The reference runs either the whole global batch at once, which takes nothing for granted, or the same micro-batches as
@@ -26,8 +27,9 @@ ones apply, on one process, by a third.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from shardwright.planner.engines import ENGINES
 from shardwright.rehearse.shrink import Precision
 from shardwright.schemas.job import OptimizerSpec
 from shardwright.schemas.plan import Plan
@@ -53,15 +55,21 @@ class Trial:
     precision: Precision
     same_micro_batches: bool
     """Of the reference ([Note: which one process])."""
+    fewer_bits: bool = False
+    """Whether what the plan sends in fewer bits is so sent."""
 
     @property
     def tolerance(self) -> Tolerance:
         """How far it may be from the reference."""
+        if self.fewer_bits:
+            return _FEWER_BITS
         unclipped = self.optimizer.name == "sgd" and self.optimizer.clip_grad_norm is None
         if unclipped and self.same_micro_batches and self.precision == "bf16_mixed":
             return _NOTHING_AMPLIFIES
         return _TOLERANCES[self.precision, self.same_micro_batches]
 
+
+_SGD = "unclipped sgd"
 
 _TOLERANCES = {
     ("fp32", True): Tolerance(loss=1e-6, gradient_norm=5e-5, update=1e-4),
@@ -74,19 +82,44 @@ _NOTHING_AMPLIFIES = Tolerance(loss=1e-4, gradient_norm=1e-3, update=0.02)
 """bf16 on the same micro-batches, where neither AdamW nor clipping turns a rounding error into a larger one."""
 
 
+_FEWER_BITS = Tolerance(loss=2e-4, gradient_norm=0.15, update=0.3, of_each_tensor=False)
+"""Gradients of which each element is off by up to a fourteenth of the largest of 256, once an axis. A wrong scale or
+group changes them by more than that; what is smaller shows in the exact trials."""
+
+
 def trials(plan: Plan) -> tuple[Trial, ...]:
-    """The plan's own optimizer and precision; SGD without clipping; and, where it can be, that in float32."""
+    """The plan's own optimizer and precision; SGD without clipping; and, where it can be, that in float32; and with
+    what the plan sends in fewer bits."""
+    exact = _exact_trials(plan)
+    sent = plan.decision.communication
+    if not (sent.int8_gathers or sent.int4_reductions):
+        return exact
+    sgd = next(one for one in exact if one.name.startswith(_SGD))
+    return (*exact, replace(sgd, name=f"{sgd.name}, fewer bits", fewer_bits=True))
+
+
+def _exact_trials(plan: Plan) -> tuple[Trial, ...]:
     decision, own = plan.decision, plan.job.train.optimizer
-    sgd = OptimizerSpec(name="sgd", lr=0.01, momentum=0.9, weight_decay=own.weight_decay, clip_grad_norm=None)
+    sgd = OptimizerSpec(
+        name="sgd",
+        lr=0.01,
+        momentum=0.9,
+        weight_decay=own.weight_decay,
+        no_decay=own.no_decay,
+        groups=own.groups,
+        clip_grad_norm=None,
+    )
     shared = decision.mesh.world_size > 1
     if decision.precision == "fp32":
         return (
             Trial(name=f"{own.name}, fp32", optimizer=own, precision="fp32", same_micro_batches=False),
-            Trial(name="unclipped sgd, fp32", optimizer=sgd, precision="fp32", same_micro_batches=shared),
+            Trial(name=f"{_SGD}, fp32", optimizer=sgd, precision="fp32", same_micro_batches=shared),
         )
     mixed = (
         Trial(name=f"{own.name}, bf16", optimizer=own, precision="bf16_mixed", same_micro_batches=shared),
-        Trial(name="unclipped sgd, bf16", optimizer=sgd, precision="bf16_mixed", same_micro_batches=shared),
+        Trial(name=f"{_SGD}, bf16", optimizer=sgd, precision="bf16_mixed", same_micro_batches=shared),
     )
-    exact = Trial(name="unclipped sgd, fp32", optimizer=sgd, precision="fp32", same_micro_batches=False)
-    return (*mixed, exact) if decision.states.parameters.degree > 1 else mixed
+    exact = Trial(name=f"{_SGD}, fp32", optimizer=sgd, precision="fp32", same_micro_batches=False)
+    degree = decision.states.parameters.degree
+    runs = ENGINES[decision.engine.name].runs(world=decision.mesh.world_size, degree=degree, precision="fp32")
+    return (*mixed, exact) if runs else mixed

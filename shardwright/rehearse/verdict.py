@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardwright.planner import at_rest_bytes
+from shardwright.planner.groups import Groups
 from shardwright.rehearse.compare import (
     Outcome,
     compare_checkpoint,
@@ -26,10 +27,8 @@ def check_pair(of: Trial, plan: Plan, folder: Path, alone: Path, profile: ModelP
     found, expected = Outcome(folder, mesh.world_size), Outcome(alone, 1)
     run = of.name
     findings = found.findings()
-    at_rest = [
-        at_rest_bytes(plan.decision, profile.parameters, plan.job.train.optimizer, rank)
-        for rank in range(mesh.world_size)
-    ]
+    groups = Groups(profile)
+    at_rest = [at_rest_bytes(plan.decision, groups, plan.job.train, rank) for rank in range(mesh.world_size)]
     randomness = compare_randomness(run, findings)
     return [
         compare_equal(run, "initial weights", expected.weights("initial"), found.weights("initial")),

@@ -78,14 +78,15 @@ def _meaningless(key: str, job: JobSpec) -> bool:
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys with their values as `--set` takes them; what has no value is left out. Named items of a list go by
-    their names, as `ClusterSpec.sources` calls them.
+    their names, as `ClusterSpec.sources` calls them, other mappings by their places.
     """
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{key}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for item in value:
-                yield from leaves({name: one for name, one in item.items() if name != "name"}, f"{key}.{item['name']}.")
+            for place, item in enumerate(value):
+                below = {name: one for name, one in item.items() if name != "name"}
+                yield from leaves(below, f"{key}.{item.get('name', place)}.")
         elif value not in (None, {}, []):
             yield key, value if isinstance(value, str) else json.dumps(value)

@@ -24,6 +24,7 @@ from shardwright.report.layout import (
 )
 from shardwright.report.memory import against_limit, draw_memory
 from shardwright.report.search import draw_alternatives, draw_why
+from shardwright.report.states import draw_states
 from shardwright.report.time import draw_collectives, draw_time
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.job import JobSpec
@@ -32,7 +33,7 @@ from shardwright.schemas.units import human_count, human_seconds
 
 _PRECISIONS = {
     "fp32": "fp32 throughout",
-    "bf16_mixed": "bf16_mixed: computes in bf16, keeps parameters and reduces gradients in fp32",
+    "bf16_mixed": "bf16_mixed: computes in bf16, reduces gradients and updates parameters in fp32",
 }
 _STATES = ("parameters", "gradients", "optimizer_states")
 
@@ -66,6 +67,11 @@ def _decided(plan: Plan) -> Iterable[tuple[str, str]]:
     yield "mesh", " x ".join(_axis(axis.name, axis.size, axis.levels) for axis in decision.mesh.axes) or "one process"
     for name in _STATES:
         yield name.replace("_", " "), _sharding(getattr(decision.states, name))
+        if name == "parameters" and decision.states.secondary is not None:
+            yield "second copy", f"{_sharding(decision.states.secondary)}, for backward"
+    for name, axes in decision.communication:
+        if axes:
+            yield name.replace("_", " "), f"over {', '.join(axes)}"
     yield "global batch", _batch(plan)
     yield "checkpointing", _checkpointing(decision)
     yield "precision", _PRECISIONS[decision.precision]
@@ -150,6 +156,7 @@ def draw_inspection(plan: Plan) -> Group:
     """Everything in the plan."""
     parts: tuple[RenderableType, ...] = (
         draw_summary(plan),
+        draw_states(plan),
         draw_memory(plan.prediction.memory, device_limit(plan.job)),
         draw_time(plan.prediction),
         draw_collectives(plan.prediction.collectives),

@@ -24,7 +24,8 @@ _COLUMNS = (Column("step", "number"), Column("reserved", "number"), Column("plan
 def draw_alternatives(plan: Plan, most: int | None = None) -> Group:
     """The best of each other kind, with the reason it lost. The chosen plan comes first, to compare with."""
     search = plan.search
-    found = f"{plural(search.considered, 'point')} considered, {search.feasible} of them fit"
+    points = plural(search.considered, "point")
+    found = f"{points} considered, {search.measured} predicted in full, {search.feasible} fit"
     prediction = plan.prediction
     chosen = (human_seconds(prediction.step_time_s), human_bytes(prediction.memory.peak_reserved_bytes))
     listed = search.alternatives[:most]

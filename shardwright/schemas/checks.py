@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from math import prod
 from operator import mul
+from typing import Literal
 
 from shardwright.schemas.cluster import HOST_LEVEL, ClusterSpec
 from shardwright.schemas.diagnostics import Diagnostic
 from shardwright.schemas.expected import join, nearest
-from shardwright.schemas.job import JobSpec
+from shardwright.schemas.job import Degree, JobSpec
 from shardwright.schemas.units import human_bytes
 
 Written = Callable[[str], bool]
@@ -36,6 +38,8 @@ def check_job(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
     yield from _engine(job)
     yield from _budget(job)
     yield from _degrees(job)
+    yield from _nesting(job)
+    yield from _lossy(job)
 
 
 def _host(cluster: ClusterSpec) -> Iterator[Diagnostic]:
@@ -151,14 +155,18 @@ def _precision(job: JobSpec) -> Iterator[Diagnostic]:
         yield Diagnostic(key="quality", message=message)
 
 
+NO_GATHERS = frozenset({"single", "ddp"})
+"""Engines that never shard parameters."""
+
+
 def _engine(job: JobSpec) -> Iterator[Diagnostic]:
-    """Only fsdp2 gathers parameters, and so only it can free them."""
+    """Only an engine that gathers parameters can free them."""
     engines, reshard = job.strategy.engine, job.strategy.reshard_after_forward
-    if reshard != "auto" and engines != "auto" and "fsdp2" not in engines:
+    if reshard != "auto" and engines != "auto" and NO_GATHERS.issuperset(engines):
         permitted = join([f"`{name}`" for name in engines], "and")
         yield Diagnostic(
             key="strategy.reshard_after_forward",
-            message=f"only `fsdp2` gathers parameters; `strategy.engine` permits {permitted}",
+            message=f"only `fsdp2` and `amsp` gather parameters; `strategy.engine` permits {permitted}",
             suggestion="leave it out, or permit `fsdp2`",
         )
 
@@ -182,21 +190,80 @@ def _degrees(job: JobSpec) -> Iterator[Diagnostic]:
     levels = [level.name for level in job.cluster.levels]
     for name in type(job.strategy.states).model_fields:
         choice = getattr(job.strategy.states, name)
+        known = [*levels, "all", "none"] if name == "secondary" else [*levels, "all"]
         for index, degree in enumerate(() if choice == "auto" else choice):
             key = f"strategy.states.{name}.{index}"
-            if isinstance(degree, str) and degree not in (*levels, "all"):
-                near = nearest(degree, [*levels, "all"])
-                yield Diagnostic(
-                    key=key,
-                    message=f"the cluster has no level `{degree}`",
-                    suggestion=f"did you mean `{near}`?" if near else f"levels: {join([*levels, 'all'], 'and')}",
-                )
+            if isinstance(degree, str):
+                yield from _level(key, degree, known)
             elif isinstance(degree, int) and degree not in (valid := shard_degrees(job.cluster)):
                 yield Diagnostic(
                     key=key,
                     message=f"{degree} devices do not fill the levels of the cluster evenly, fastest first",
                     suggestion=f"write {join([str(each) for each in valid], 'or')}",
                 )
+
+
+def _nesting(job: JobSpec) -> Iterator[Diagnostic]:
+    """No device works on the optimizer states of parameters, or gathers a second copy, that it has no part in."""
+    states = job.strategy.states
+    most = {name: _widest(job.cluster, getattr(states, name)) for name in ("parameters", "optimizer_states")}
+    for narrow, wide, why in (
+        ("parameters", "optimizer_states", "optimizer states are sharded at least as wide as"),
+        ("gradients", "optimizer_states", "optimizer states are sharded at least as wide as"),
+        ("secondary", "parameters", "the second copy lies on fewer devices than"),
+    ):
+        least, limit = _narrowest(job.cluster, getattr(states, narrow)), most[wide]
+        if least is not None and limit is not None and (least > limit or (narrow == "secondary" and least == limit)):
+            over = "parameters" if narrow == "secondary" else narrow
+            yield Diagnostic(
+                key=f"strategy.states.{narrow if narrow == 'secondary' else wide}",
+                message=f"{why} {over}: {narrow} over {least} devices, {wide} over {limit}",
+                suggestion=f"write fewer devices for `{narrow}`, or more for `{wide}`",
+            )
+
+
+def _widest(cluster: ClusterSpec, choice: Literal["auto"] | tuple[int | str, ...]) -> int | None:
+    degrees = () if choice == "auto" else [level_degree(cluster, each) for each in choice]
+    return max((each for each in degrees if each is not None), default=None)
+
+
+def _narrowest(cluster: ClusterSpec, choice: Literal["auto"] | tuple[int | str, ...]) -> int | None:
+    degrees = [None] if choice == "auto" else [level_degree(cluster, each) for each in choice]
+    return None if None in degrees else min(each for each in degrees if each is not None)
+
+
+def _lossy(job: JobSpec) -> Iterator[Diagnostic]:
+    """Communication in fewer bits has to be allowed, and names a level."""
+    levels = [level.name for level in job.cluster.levels]
+    for name in ("int8_gathers", "int4_reductions"):
+        choice = getattr(job.strategy, name)
+        for index, level in enumerate(() if choice == "auto" else choice):
+            key = f"strategy.{name}.{index}"
+            yield from _level(key, level, [*levels, "none"])
+            if level in levels and job.quality != "lossy":
+                message = f"`quality: {job.quality}` permits no communication in fewer bits"
+                yield Diagnostic(key=key, message=message, suggestion="write `quality: lossy`, or `none` here")
+
+
+def _level(key: str, name: str, known: list[str]) -> Iterator[Diagnostic]:
+    if name not in known:
+        near = nearest(name, known)
+        yield Diagnostic(
+            key=key,
+            message=f"the cluster has no level `{name}`",
+            suggestion=f"did you mean `{near}`?" if near else f"levels: {join(known, 'and')}",
+        )
+
+
+def level_degree(cluster: ClusterSpec, degree: Degree) -> int | None:
+    """A degree as the job writes it, as a number: a level's name stands for all devices up to and including it, `all`
+    for the world. None for a name that the cluster does not have."""
+    if isinstance(degree, int):
+        return degree
+    if degree == "all":
+        return cluster.world_size
+    names = [level.name for level in cluster.levels]
+    return prod(level.size for level in cluster.levels[: names.index(degree) + 1]) if degree in names else None
 
 
 def shard_degrees(cluster: ClusterSpec) -> tuple[int, ...]:

@@ -60,7 +60,11 @@ Launcher = Literal["torchrun", "slurm"]
 
 HOST_LEVEL = "node"
 """Name of the level that one host holds, with the levels below it."""
-RESERVED_LEVELS = {"all": "it means the whole cluster", "auto": "it leaves a decision to the planner"}
+RESERVED_LEVELS = {
+    "all": "it means the whole cluster",
+    "auto": "it leaves a decision to the planner",
+    "none": "it means no level",
+}
 
 
 class ClusterSpec(Spec):

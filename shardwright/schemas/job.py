@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from shardwright.schemas.base import Choice, SingleOrList, Spec, exactly_one, one_or_many
-from shardwright.schemas.cluster import ClusterSpec
+from shardwright.schemas.cluster import ClusterSpec, LevelName
 from shardwright.schemas.units import Amount, Bytes, amount_parser, amount_pattern
 
 IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]*"
@@ -174,6 +174,30 @@ class DataSpec(Spec):
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+NamePattern = Annotated[str, Field(min_length=1, examples=["*.bias"])]
+"""A shell pattern over whole names of parameters, as `fnmatch` reads it: `*` also crosses dots; case matters."""
+
+
+def _no_decay(value: Any) -> Any:
+    """`auto`, one pattern or a list of patterns."""
+    if value == "auto" or value is None:
+        return "auto"
+    patterns = one_or_many(value)
+    if not patterns:
+        raise ValueError("an empty list names no parameters; write `auto`, or patterns such as `*.bias`")
+    return patterns
+
+
+class ParameterGroupSpec(Spec):
+    """Parameters that are trained with numbers of their own."""
+
+    match: Annotated[tuple[NamePattern, ...], Field(min_length=1), BeforeValidator(one_or_many), SingleOrList()]
+    """Shell patterns over names of parameters, such as `blocks.0.*`. A tied parameter goes by any of its names."""
+    lr_scale: float = Field(gt=0, default=1.0)
+    """Their learning rate, as a multiple of the scheduled one."""
+    weight_decay: float | None = Field(ge=0, default=None)
+    """Their weight decay, where they have any (`no_decay`). Null: the optimizer's."""
+
 
 class OptimizerSpec(Spec):
     """The optimizer and its numbers. A number that the named optimizer does not have is refused."""
@@ -189,7 +213,15 @@ class OptimizerSpec(Spec):
     momentum: float = Field(ge=0, lt=1, default=0.9)
     """SGD: decay of the velocity."""
     weight_decay: float = Field(ge=0, default=0.1)
-    """Weight decay; parameters of fewer than two dimensions have none."""
+    """Weight decay of the parameters that `no_decay` does not exempt."""
+    no_decay: Annotated[
+        Literal["auto"] | tuple[NamePattern, ...], BeforeValidator(_no_decay), SingleOrList(least=1)
+    ] = "auto"
+    """Parameters without weight decay, whatever their group. `auto`: those of fewer than two dimensions, such as norms
+    and biases. Shell patterns over names (`embed*`, `*.bias`) exempt what they match as well."""
+    groups: tuple[ParameterGroupSpec, ...] = ()
+    """Parameters with a learning rate or a weight decay of their own. The first group that matches a parameter counts;
+    what none matches has the numbers above."""
     clip_grad_norm: float | None = Field(gt=0, default=1.0)
     """Highest norm of the whole gradient; null for no clipping."""
 
@@ -220,6 +252,9 @@ class TrainSpec(Spec):
     """Length of the run in tokens, rounded up to whole steps, or in steps."""
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
+    ema: float | None = Field(gt=0, lt=1, default=None)
+    """Keep an exponential moving average of the trained parameters beside them: after each step it becomes ema x
+    average + (1 - ema) x parameter; it begins as the parameter after its first step. Null: none."""
     seed: int = Field(ge=0, lt=2**32, default=0)
     """Of the initial weights, the order of the data and dropout."""
     save_every: Interval | None = None
@@ -282,7 +317,11 @@ class StatesSpec(Spec):
     gradients: Choice[Degree] = "auto"
     """While they accumulate from one micro-batch to the next."""
     optimizer_states: Choice[Degree] = "auto"
-    """The optimizer's moments, and the fp32 copy of the parameters where there is one."""
+    """The optimizer's moments, and the fp32 copy of the parameters where there is one. Never fewer devices than the
+    other two."""
+    secondary: Choice[Degree] = "auto"
+    """A second copy of the parameters that the backward gathers from (hpZ of ZeRO++), over fewer devices than
+    `parameters`; `none` for no such copy."""
 
 
 class StrategySpec(Spec):
@@ -297,8 +336,19 @@ class StrategySpec(Spec):
     """Blocks whose forward is recomputed in backward: `none`, `full`, or how many."""
     precision: Choice[Literal["fp32", "bf16_mixed"]] = "auto"
     """`fp32`, or `bf16_mixed`: bf16 compute with fp32 parameters, gradient reduction and optimizer."""
-    engine: Choice[Literal["single", "ddp", "fsdp2"]] = "auto"
-    """What runs it: one process, DistributedDataParallel, or fully_shard."""
+    int8_gathers: Choice[LevelName] = "auto"
+    """The fastest cluster level over which parameters are gathered in int8 (qwZ of ZeRO++), and all slower ones; `none`
+    for exact gathers. `auto` is `none` unless `quality: lossy`."""
+    int4_reductions: Choice[LevelName] = "auto"
+    """The same for gradients that are exchanged in int4 (qgZ of ZeRO++)."""
+    engine: Choice[Literal["stock", "single", "ddp", "fsdp2", "amsp"]] = "auto"
+    """What runs it: one process, DistributedDataParallel, fully_shard (`stock` stands for these three), or this
+    project's own runtime, in which every state has a degree of its own. `auto` takes a stock one unless `amsp` is
+    predicted to be at least 5 % faster, or alone fits."""
+
+
+STOCK_ENGINES = ("single", "ddp", "fsdp2")
+"""What `stock` stands for."""
 
 
 class JobSpec(Spec):
@@ -312,7 +362,7 @@ class JobSpec(Spec):
     strategy: StrategySpec = StrategySpec()
     quality: Literal["exact", "standard", "lossy"] = "standard"
     """`exact`: fp32 only. `standard`: also what is routinely trained with (bf16 compute, fp32 master weights and
-    reduction). `lossy`: also what may change the result; nothing of that kind is offered yet."""
+    reduction). `lossy`: also what may change the result: parameters gathered in int8, gradients exchanged in int4."""
 
     @property
     def host_memory_limit(self) -> int:

@@ -34,9 +34,10 @@ class ModelFacts(Spec):
 
 
 class MeshAxis(Spec):
-    """One dimension of the device mesh."""
+    """One dimension of the device mesh: `dp_replicate` and `dp_shard` of fsdp2 and ddp; of amsp one for each step from
+    one shard degree to the next, `dp_1` the fastest."""
 
-    name: Literal["dp_replicate", "dp_shard"]
+    name: str = Field(pattern=r"^dp_(replicate|shard|[1-9][0-9]?)$", examples=["dp_shard"])
     size: int = Field(gt=0)
     levels: tuple[str, ...]
     """Cluster levels that the axis spans, fastest first."""
@@ -65,6 +66,19 @@ class States(Spec):
     parameters: StateSharding
     gradients: StateSharding
     optimizer_states: StateSharding
+    secondary: StateSharding | None = None
+    """A second copy of a block's parameters, in the compute dtype, kept from its forward for the gather of its backward
+    (hpZ of ZeRO++, arXiv 2306.10209, section 3.2); null for none."""
+
+
+class Communication(Spec):
+    """Mesh axes over which numbers travel in fewer bits than the recipe computes with; none unless the job is `lossy`
+    (ZeRO++, arXiv 2306.10209)."""
+
+    int8_gathers: tuple[str, ...] = ()
+    """Parameters are gathered for compute in blocks of int8 with a scale each (qwZ, section 3.1)."""
+    int4_reductions: tuple[str, ...] = ()
+    """Gradients are exchanged in blocks of int4 and added up in fp32, one hop an axis (qgZ, section 3.3)."""
 
 
 class Checkpointing(Spec):
@@ -92,12 +106,14 @@ class Offload(Spec):
 
 
 class Engine(Spec):
-    """What shards the states at run time. `single`: nothing. `ddp`: DistributedDataParallel. `fsdp2`: fully_shard."""
+    """What shards the states at run time. `single`: nothing. `ddp`: DistributedDataParallel. `fsdp2`: fully_shard.
+    `amsp`: the runtime's own `ShardedStates`, each state sharded independently of the others."""
 
-    name: Literal["single", "ddp", "fsdp2"]
+    name: Literal["single", "ddp", "fsdp2", "amsp"]
     reshard_after_forward: bool | None = None
-    """fsdp2: whether a block's gathered parameters are freed after its forward. Kept ones stay gathered from the first
-    micro-batch's forward to the last one's backward. The root group is always kept. Null for the other engines."""
+    """fsdp2 and amsp: whether a block's gathered parameters are freed after its forward. Kept ones stay gathered from
+    the first micro-batch's forward to the last one's backward. The root group is always kept. Null where parameters
+    are not sharded."""
 
 
 class Decision(Spec):
@@ -113,6 +129,7 @@ class Decision(Spec):
     precision: Literal["fp32", "bf16_mixed"]
     pipeline: Pipeline = Pipeline()
     offload: Offload = Offload()
+    communication: Communication = Communication()
     engine: Engine
 
 
@@ -149,7 +166,8 @@ class Memory(Spec):
     peak_reserved_bytes: int
     stages: tuple[StageMemory, ...]
     at_rest: dict[Literal["parameters", "gradients", "optimizer_states"], int]
-    """Of rank 0, exact. `gradients`: when the optimizer steps."""
+    """Of rank 0, exact. `gradients`: when the optimizer steps. `optimizer_states`: with amsp's fp32 copy of parameters
+    that rest in bf16."""
     host_bytes: int
     """Of one node."""
 
@@ -157,11 +175,11 @@ class Memory(Spec):
 class Collective(Spec):
     """All collectives of one kind, size and group in one optimizer step of one rank."""
 
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce"]
-    axis: Literal["dp_shard", "dp_replicate", "world"]
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    axis: str = Field(pattern=r"^(world|dp_(replicate|shard|[1-9][0-9]?))$")
     group_size: int
     bytes: int
-    """Of the whole tensor of one call: what is gathered, what enters a reduction."""
+    """Of the whole tensor of one call: what is gathered, what enters a reduction or an exchange."""
     count: int
     """Calls per optimizer step."""
     purpose: Literal["parameters", "gradients", "grad_norm", "metrics"]
@@ -196,7 +214,10 @@ class Search(Spec):
     """What the search looked at. The alternatives are the best of each kind, not all."""
 
     considered: int
+    measured: int
+    """Of these, predicted in full; bounds of time or memory rule the others out."""
     feasible: int
+    """Of the measured ones, those that fit."""
     alternatives: tuple[Alternative, ...]
 
 

@@ -146,6 +146,10 @@ def _unwritten(spec: BaseModel, key: Key = (), given: bool = True) -> Iterator[s
             yield from _unwritten(value, (*key, name), written)
         elif not written:
             yield dotted((*key, name))
+        elif isinstance(value, tuple):
+            for place, item in enumerate(value):
+                if isinstance(item, BaseModel):
+                    yield from _unwritten(item, (*key, name, place))
 
 
 def _locator(root: Node) -> Locate:

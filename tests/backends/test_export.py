@@ -16,6 +16,7 @@ from support.tiny import build
 from torch import Tensor, nn
 
 from shardwright.backends.pytorch.runtime import weights
+from shardwright.backends.pytorch.runtime.average import update_average
 from shardwright.backends.pytorch.runtime.checkpoint import Checkpoints, TrainState
 from shardwright.backends.pytorch.runtime.export import export_model
 from shardwright.backends.pytorch.runtime.tensorfile import FormatError
@@ -49,6 +50,28 @@ def test_a_checkpoint_may_be_chosen(run: Path, tmp_path: Path) -> None:
     saved(run, build(), step=4)
     assert export_model(run, tmp_path / "newest", dtype=torch.float32).step == 4
     assert export_model(run / "step_00000003", tmp_path / "older", dtype=torch.float32).step == 3
+
+
+def test_averages_take_the_place_of_trained_parameters(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="holds no averages"):
+        export_model(run, tmp_path / "exported", dtype=torch.float32, average=True)
+    model = build()
+    model.head.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.arange(12)[None]).square().mean().backward()
+        optimizer.step()
+        update_average(optimizer, 0.5)
+    Checkpoints(tmp_path / "averaged", keep=1).save(TrainState(2, 24, 0), model, optimizer)
+    for average in (False, True):
+        folder = tmp_path / f"exported {average}"
+        export_model(tmp_path / "averaged", folder, dtype=torch.float32, average=average)
+        found = load_file(folder / "model.safetensors")
+        assert found.keys() == model.state_dict().keys()
+        for name, parameter in model.named_parameters():
+            own = optimizer.state[parameter]["average"] if average and parameter.requires_grad else parameter
+            assert torch.equal(found[name], own), name
+    assert not torch.equal(found["norm.weight"], model.norm.weight)
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:

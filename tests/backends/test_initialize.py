@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ class Greedy(nn.Module):
     def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.normal_(parameter)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_parameter_of_two_units_stays_one_or_is_refused(bias: bool) -> None:
+    """A module that has more to initialise would draw the other unit's values anew."""
+    with parameters_on_meta():
+        model = nn.Sequential(nn.Linear(3, 3, bias=bias), nn.Linear(3, 3, bias=bias))
+        model[1].weight = model[0].weight
+    initialize(model, "0", seed=0, device=CPU)
+    with pytest.raises(InitializationError, match="initialised already") if bias else nullcontext():
+        initialize(model, "1", seed=0, device=CPU)
+    assert model[1].weight is model[0].weight
+    assert not model[0].weight.is_meta
 
 
 def test_what_nothing_initialises_is_refused() -> None:

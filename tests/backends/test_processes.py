@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,20 @@ MASKED = {"mask": ["corpus.mask"]}
 CLIPPED = {"optimizer": {"lr": 1e-2, "clip_grad_norm": 0.05}}
 """Below the norm of every step, so that clipping always acts."""
 
+GROUPED = {
+    "optimizer": {
+        **CLIPPED["optimizer"],
+        "weight_decay": 5.0,
+        "no_decay": ["embed.*", "blocks.1.qkv*"],
+        "groups": [
+            {"match": "blocks.0.*", "lr_scale": 0.25, "weight_decay": 20.0},
+            {"match": ["blocks.*.up.*", "norm.weight"], "lr_scale": 2.0},
+        ],
+    },
+    "ema": 0.7,
+}
+"""Weight decay so large that a wrong one shows after four steps."""
+
 SGD = {"optimizer": {"name": "sgd", "lr": 0.1, "clip_grad_norm": 0.05}}
 
 
@@ -75,15 +89,22 @@ def case(name: str, *, train: dict[str, Any] | None = None, model: dict[str, Any
     return Case(name, make_plan(**plan, **job(train, **(model or {}))))
 
 
+def amsp(name: str, **plan: Any) -> Case:
+    """On four processes; the name says the degrees of parameters, gradients and optimizer states."""
+    return case(f"amsp {name}", world=4, engine="amsp", **plan)
+
+
 FP32 = {
     1: [
         case("one"),
         case("one, accumulating", accumulation=3, recomputed=2),
         case("one, sgd", train=SGD, accumulation=2),
+        case("one, groups", train=GROUPED),
     ],
     2: [
         case("ddp 2", world=2, engine="ddp"),
         case("fsdp 2", world=2, engine="fsdp2", shard=2),
+        case("ddp 2, groups", world=2, engine="ddp", train=GROUPED, accumulation=2),
         case(
             "fsdp 2, kept, whole gradients",
             world=2,
@@ -109,11 +130,19 @@ FP32 = {
         case("fsdp 4, kept, accumulating", world=4, engine="fsdp2", shard=4, accumulation=3, reshard=False),
         case("fsdp 4, kept, whole", world=4, engine="fsdp2", shard=4, accumulation=3, gradients=1, reshard=False),
         case("hsdp", world=4, engine="fsdp2", shard=2),
+        case("hsdp, groups, tied", world=4, engine="fsdp2", shard=2, train=GROUPED, model={"tied": True}),
         case("hsdp, kept, sgd", world=4, engine="fsdp2", shard=2, reshard=False, train=SGD, recomputed=3),
         case("hsdp, freed, accumulating", world=4, engine="fsdp2", shard=2, accumulation=3),
         case("hsdp, kept, accumulating", world=4, engine="fsdp2", shard=2, accumulation=3, reshard=False),
         case("hsdp, freed, whole", world=4, engine="fsdp2", shard=2, accumulation=3, gradients=1, recomputed=2),
         case("hsdp, kept, whole", world=4, engine="fsdp2", shard=2, accumulation=3, gradients=1, reshard=False),
+        case("fsdp 4, second copy", world=4, engine="fsdp2", shard=4, secondary=2, accumulation=3, recomputed=2),
+        amsp("1 1 4", axes=(4,), gradients=1, optimizer=4, accumulation=3),
+        amsp("1 4 4, sgd", axes=(2, 2), optimizer=4, accumulation=3, train=SGD, recomputed=3),
+        amsp("2 2 4, groups", axes=(2, 2), shard=2, gradients=2, optimizer=4, accumulation=3, train=GROUPED),
+        amsp("2 1 4, kept", axes=(2, 2), shard=2, gradients=1, optimizer=4, accumulation=3, reshard=False),
+        amsp("1 2 2, sgd", axes=(2, 2), gradients=2, optimizer=2, accumulation=3, train=SGD),
+        amsp("4 4 4, second copy", axes=(2, 2), shard=4, secondary=2, recomputed=2),
     ],
 }
 """Every engine and way to accumulate, compared with the plain loop."""
@@ -129,6 +158,8 @@ BF16 = {
         case("bf16 2x2", world=4, engine="fsdp2", shard=2, precision="bf16_mixed", accumulation=3, gradients=1),
         case("bf16 4x1", world=4, engine="fsdp2", shard=1, precision="bf16_mixed", accumulation=3, gradients=1),
         case("bf16 4x1, kept", world=4, engine="fsdp2", shard=1, precision="bf16_mixed", reshard=False),
+        amsp("bf16 1 4 4", axes=(4,), optimizer=4, accumulation=3, precision="bf16_mixed", recomputed=2),
+        amsp("bf16 4 2 4, second copy", axes=(2, 2), shard=4, gradients=2, secondary=2, precision="bf16_mixed"),
     ],
 }
 """Compared with the first of them, on one process."""
@@ -139,11 +170,12 @@ INIT = {
     4: [
         case("init 4", world=4, engine="fsdp2", shard=4, init="modules"),
         case("init 2x2, tied", world=4, engine="fsdp2", shard=2, init="modules", model={"tied": True}, recomputed=3),
+        amsp("init 2 2 4", axes=(2, 2), shard=2, gradients=2, optimizer=4, init="modules", recomputed=3),
     ],
 }
 """Saved before the first step: equal weights whatever the plan."""
 
-LONG: dict[str, Any] = {"steps": 12, "save_every": 6, "keep": 9}
+LONG: dict[str, Any] = {"steps": 12, "save_every": 6, "keep": 9, "ema": 0.9}
 DROPOUT = {"dropout": 0.1}
 
 
@@ -163,11 +195,17 @@ DAMAGED = Case("damaged", STRAIGHT.plan, ("--resume",), out="damaged", ends="Che
 
 MOVING = job(LONG)
 MOVES = [
-    Case("moving 4", make_plan(world=4, engine="fsdp2", shard=2, **MOVING), ("--steps", "4"), out="moving"),
+    Case("moving 4", make_plan(world=4, engine="fsdp2", shard=2, **MOVING), ("--steps", "2"), out="moving"),
+    Case(
+        "moving amsp",
+        make_plan(world=4, engine="amsp", axes=(2, 2), shard=2, optimizer=4, **MOVING),
+        ("--resume", "--steps", "5"),
+        out="moving",
+    ),
     Case("moving 2", make_plan(world=2, engine="ddp", **MOVING), ("--resume", "--steps", "8"), out="moving"),
     Case("moving 1", make_plan(**MOVING), ("--resume",), out="moving"),
 ]
-"""One run that goes on with fewer and fewer processes, each plan compiled anew."""
+"""One run that goes on with another engine, and with fewer and fewer processes, each plan compiled anew."""
 
 GROWS = [
     Case("growing 1", make_plan(**MOVING), ("--steps", "5"), out="growing"),
@@ -180,9 +218,16 @@ EVALUATED = {
     "train": {"sequence_length": 12, "global_batch": 12, "steps": 4, "evaluate_every": 2, "evaluate_batches": 9},
 }
 EVALUATES = {
-    1: Case("evaluates 1", make_plan(**EVALUATED)),
-    2: Case("evaluates 2", make_plan(world=2, engine="ddp", **EVALUATED)),
-    4: Case("evaluates 4", make_plan(world=4, engine="fsdp2", shard=4, reshard=False, accumulation=3, **EVALUATED)),
+    1: [Case("evaluates 1", make_plan(**EVALUATED))],
+    2: [Case("evaluates 2", make_plan(world=2, engine="ddp", **EVALUATED))],
+    4: [
+        Case("evaluates 4", make_plan(world=4, engine="fsdp2", shard=4, reshard=False, accumulation=3, **EVALUATED)),
+        Case("evaluates copy", make_plan(world=4, engine="fsdp2", shard=4, secondary=2, **EVALUATED)),
+        Case(
+            "evaluates amsp",
+            make_plan(world=4, engine="amsp", axes=(2, 2), shard=2, optimizer=4, reshard=False, **EVALUATED),
+        ),
+    ],
 }
 
 CLOCKED = {
@@ -238,12 +283,33 @@ def kinds(world: int, **plan: Any) -> list[Case]:
 
 
 KINDS = {1: kinds(1), 2: kinds(2, engine="fsdp2", shard=2, accumulation=2)}
+AMSP_KINDS = [
+    replace(item, name=item.name.replace("4", "amsp"))
+    for item in kinds(4, engine="amsp", axes=(2, 2), shard=2, optimizer=4)
+    if "llama" in item.name or "own" in item.name
+]
+PAIRS = [
+    *zip(KINDS[1], KINDS[2], strict=True),
+    *((one, item) for item in AMSP_KINDS for one in KINDS[1] if one.name[:-1] == item.name.removesuffix("amsp")),
+]
+"""On one process and on several."""
 
 NOTHING = ("--steps", "0")
 LAUNCHES: list[tuple[int, list[Case]]] = [
     (2, [TERMINATED, KILLED]),
     (1, [GROWS[0]]),
-    (4, [*FP32[4], *BF16[4], *(Case(c.name, c.plan, NOTHING) for c in INIT[4]), EVALUATES[4], MOVES[0], GROWS[1]]),
+    (
+        4,
+        [
+            *FP32[4],
+            *BF16[4],
+            *(Case(c.name, c.plan, NOTHING) for c in INIT[4]),
+            *EVALUATES[4],
+            *MOVES[:2],
+            GROWS[1],
+            *AMSP_KINDS,
+        ],
+    ),
     (
         2,
         [
@@ -260,10 +326,10 @@ LAUNCHES: list[tuple[int, list[Case]]] = [
             HALVES,
             SECOND_HALF,
             UNDIVIDED,
-            EVALUATES[2],
+            *EVALUATES[2],
             BY_THE_CLOCK[2],
             *KINDS[2],
-            MOVES[1],
+            MOVES[2],
         ],
     ),
     (
@@ -272,10 +338,10 @@ LAUNCHES: list[tuple[int, list[Case]]] = [
             *FP32[1],
             *BF16[1],
             *(Case(c.name, c.plan, NOTHING) for c in INIT[1]),
-            EVALUATES[1],
+            *EVALUATES[1],
             BY_THE_CLOCK[1],
             *KINDS[1],
-            MOVES[2],
+            MOVES[3],
         ],
     ),
 ]
@@ -329,9 +395,14 @@ def column(out: Path, name: str) -> list[Any]:
     return [line[name] for line in read_metrics(out)]
 
 
+def averages_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "optimizer.average."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    return max((float((found[name] - expected[name]).abs().max()) for name in expected), default=0.0)
 
 
 @pytest.mark.parametrize("item", [c for cases in FP32.values() for c in cases], ids=lambda c: c.name)
@@ -344,8 +415,10 @@ def test_fp32_plans_match_one_plain_process(runs: Path, item: Case) -> None:
     assert column(out, "loss") == pytest.approx(expected.losses, rel=5e-7)
     assert column(out, "grad_norm") == pytest.approx(expected.norms, rel=1e-6)
     assert min(expected.norms) > 0.05
-    found = parameters_of(read_checkpoint(out))
-    assert furthest(found, expected.parameters) < (3e-7 if item.plan.job.train.optimizer.name == "sgd" else 2e-5)
+    found = read_checkpoint(out)
+    limit = 3e-7 if item.plan.job.train.optimizer.name == "sgd" else 2e-5
+    assert furthest(parameters_of(found), expected.parameters) < limit
+    assert furthest(averages_of(found), expected.averages) < limit
 
 
 @pytest.mark.parametrize("item", [c for cases in BF16.values() for c in cases], ids=lambda c: c.name)
@@ -415,11 +488,13 @@ def test_when_one_process_cannot_load_all_stop(runs: Path) -> None:
 
 def test_a_run_goes_on_with_fewer_processes_and_the_same_batches(runs: Path) -> None:
     expected = plain(MOVES[0], runs)
-    out = out_of(runs, MOVES[2])
+    out = out_of(runs, MOVES[-1])
     assert column(out, "tokens") == expected.tokens
     assert column(out, "tokens_seen") == torch.tensor(expected.tokens).cumsum(0).tolist()
     assert column(out, "loss") == pytest.approx(expected.losses, rel=1e-5)
-    assert furthest(parameters_of(read_checkpoint(out)), expected.parameters) < 2e-5
+    found = read_checkpoint(out)
+    assert furthest(parameters_of(found), expected.parameters) < 2e-5
+    assert furthest(averages_of(found), expected.averages) < 2e-5
 
 
 def test_a_run_goes_on_with_more_processes_and_the_same_batches(runs: Path) -> None:
@@ -428,30 +503,29 @@ def test_a_run_goes_on_with_more_processes_and_the_same_batches(runs: Path) -> N
     assert column(out, "step") == list(range(1, 13))
     assert column(out, "tokens") == expected.tokens
     assert column(out, "loss") == pytest.approx(expected.losses, rel=1e-5)
-    assert furthest(parameters_of(read_checkpoint(out)), expected.parameters) < 2e-5
+    found = read_checkpoint(out)
+    assert furthest(parameters_of(found), expected.parameters) < 2e-5
+    assert furthest(averages_of(found), expected.averages) < 2e-5
     index = json.loads((out / (out / "LATEST").read_text().strip() / "index.json").read_text())
     pieces = index["tensors"]["model.blocks.0.up.weight"]["pieces"]
     assert len({str(piece) for piece in pieces}) == 4
 
 
 def test_held_out_loss_does_not_depend_on_the_plan(runs: Path) -> None:
-    found = {
-        world: [line["validation_loss"] for line in read_metrics(out_of(runs, item)) if "validation_loss" in line]
-        for world, item in EVALUATES.items()
-    }
-    assert len(found[1]) == 2
-    assert found[2] == pytest.approx(found[1], rel=1e-5)
-    assert found[4] == pytest.approx(found[1], rel=1e-5)
-    losses = [column(out_of(runs, item), "loss") for item in EVALUATES.values()]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+    outs = [out_of(runs, item) for items in EVALUATES.values() for item in items]
+    found = [[line["validation_loss"] for line in read_metrics(out) if "validation_loss" in line] for out in outs]
+    assert len(found[0]) == 2
+    assert all(losses == pytest.approx(found[0], rel=1e-5) for losses in found)
+    assert all(column(out, "loss") == pytest.approx(column(outs[0], "loss"), rel=1e-6) for out in outs)
+    last = parameters_of(read_checkpoint(outs[0]))
+    assert all(furthest(parameters_of(read_checkpoint(out)), last) < 2e-5 for out in outs)
 
 
 @torch.no_grad()
 def test_an_evaluation_takes_each_held_out_sample_once_at_most(runs: Path) -> None:
     """500 bytes are 41 samples of 12 targets: 3 global batches of 12, although the job allows for 9."""
-    out = out_of(runs, EVALUATES[1])
-    model = build(**EVALUATES[1].plan.job.model.args).eval()
+    out = out_of(runs, EVALUATES[1][0])
+    model = build(**EVALUATES[1][0].plan.job.model.args).eval()
     model.load_state_dict(parameters_of(read_checkpoint(out)), strict=False)
     text = torch.tensor(list((runs / "held-out.txt").read_bytes()))
     inputs, targets = text[: 36 * 12].view(36, 12), text[1 : 36 * 12 + 1].view(36, 12)
@@ -464,7 +538,7 @@ def test_intervals_of_time_are_kept(runs: Path, world: int) -> None:
     out = out_of(runs, BY_THE_CLOCK[world])
     assert [len(line.keys() & {"validation_loss"}) for line in read_metrics(out)] == [1, 1, 1, 1]
     assert len(list(out.glob("step_*"))) == 4
-    assert column(out, "loss") == pytest.approx(column(out_of(runs, EVALUATES[1]), "loss"), rel=1e-6)
+    assert column(out, "loss") == pytest.approx(column(out_of(runs, EVALUATES[1][0]), "loss"), rel=1e-6)
 
 
 def test_sgd_with_dropout_and_recomputation_resumes_to_the_same_digits(runs: Path) -> None:
@@ -475,9 +549,7 @@ def test_sgd_with_dropout_and_recomputation_resumes_to_the_same_digits(runs: Pat
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(
-    ("one", "several"), list(zip(*KINDS.values(), strict=True)), ids=[c.name[:-2] for c in KINDS[1]]
-)
+@pytest.mark.parametrize(("one", "several"), PAIRS, ids=[several.name for _, several in PAIRS])
 def test_every_kind_of_data_loss_and_model_matches_one_process(runs: Path, one: Case, several: Case) -> None:
     expected, found = out_of(runs, one), out_of(runs, several)
     assert column(found, "tokens") == column(expected, "tokens")
@@ -487,7 +559,7 @@ def test_every_kind_of_data_loss_and_model_matches_one_process(runs: Path, one: 
     assert furthest(*(parameters_of(read_checkpoint(out)) for out in (found, expected))) < 2e-5
 
 
-OWN_LOSSES = [c for cases in KINDS.values() for c in cases if "loss" in c.name]
+OWN_LOSSES = [c for cases in (*KINDS.values(), AMSP_KINDS) for c in cases if "loss" in c.name]
 
 
 @pytest.mark.parametrize("item", OWN_LOSSES, ids=lambda c: c.name)

@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from shardwright.backends.pytorch.runtime import weights
+from shardwright.backends.pytorch.runtime.pieces import Box
 from shardwright.backends.pytorch.runtime.tensorfile import (
     DTYPES,
     FormatError,
@@ -52,6 +55,34 @@ def test_we_read_what_the_safetensors_library_writes(tmp_path: Path) -> None:
             assert torch.equal(file.rows(name, 0, rows), tensor)
         assert torch.equal(file.rows("strided", 1, 3), TENSORS["strided"][1:3])
         assert file.rows("strided", 2, 2).shape == (0, 3)
+
+
+@given(shape=st.lists(st.integers(1, 4), max_size=4), data=st.data())
+def test_a_part_is_what_slicing_gives(
+    shape: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever box, read at once or in stretches; nothing before or behind its rows is read."""
+    path = tmp_path_factory.getbasetemp() / "parts"
+    path.unlink(missing_ok=True)
+    tensor = torch.arange(prod(shape), dtype=torch.int16).reshape(shape)
+    write_tensors(path, {"before": torch.ones(3), "t": tensor, "behind": torch.ones(2, dtype=torch.int8)})
+    spans = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    box = Box(tuple(start for start, _ in spans), tuple(stop for _, stop in spans))
+    where = tuple(slice(start, stop) for start, stop in spans)
+    with open_tensors(path) as file, pytest.MonkeyPatch.context() as patch:
+        assert torch.equal(file.part("t", where), tensor[where])
+        patch.setattr(weights, "READ_BYTES", data.draw(st.integers(2, 40)))
+        rows, copy = file.rows, torch.full(box.shape, -1, dtype=torch.int16)
+
+        def limited(*arguments: Any) -> torch.Tensor:
+            values = rows(*arguments)
+            assert values.nbytes <= weights.READ_BYTES
+            return values
+
+        patch.setattr(file, "rows", limited)
+        for slab in weights.slabs(box, tuple(shape), torch.int16):
+            copy[slab.within(box)] = file.part("t", tuple(map(slice, slab.start, slab.stop)))
+        assert torch.equal(copy, tensor[where])
 
 
 def test_a_file_is_never_overwritten(tmp_path: Path) -> None:

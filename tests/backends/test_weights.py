@@ -234,10 +234,12 @@ def test_an_absent_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_reads_and_holds_its_share_alone(tmp_path: Path) -> None:
-    """One of 64 processes, limited to 40 MiB, of a model of 1 GiB: 16 MiB are its own."""
+@pytest.mark.parametrize("engine", ["fsdp2", "amsp"])
+def test_a_process_reads_and_holds_its_share_alone(tmp_path: Path, engine: str) -> None:
+    """One of 64 processes, limited to 40 MiB, of a model of 1 GiB: 16 MiB are its own. Flat buckets are cut from a
+    block that is whole for a moment, of 64 MiB, twice."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(SUPPORT / "little_memory.py"), str(tmp_path)]
+    command = [sys.executable, str(SUPPORT / "little_memory.py"), str(tmp_path), engine]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)

@@ -52,13 +52,15 @@ CASES = {
     2: [
         case("ddp 2, gpt2", "gpt2", world=2, engine="ddp"),
         case("fsdp 2, llama", "llama", world=2, engine="fsdp2", shard=2, recomputed=2),
-        case("fsdp 2, mixtral", "mixtral", world=2, engine="fsdp2", shard=2),
+        case("fsdp 2, mixtral", "mixtral", world=2, engine="fsdp2", shard=2, train={"ema": 0.5}),
         case("fsdp 2, tiny, tied", "tiny-tied", world=2, engine="fsdp2", shard=2, reshard=False),
     ],
     4: [
         case("fsdp 4, llama", "llama", world=4, engine="fsdp2", shard=4),
         case("hsdp, gpt2", "gpt2", world=4, engine="fsdp2", shard=2, recomputed=1),
         case("ddp 4, tiny", "tiny", world=4, engine="ddp"),
+        case("amsp 4, llama", "llama", world=4, engine="amsp", axes=(2, 2), shard=2, optimizer=4, recomputed=2),
+        case("amsp 4, tiny, tied", "tiny-tied", world=4, engine="amsp", axes=(4,), optimizer=4, gradients=1),
     ],
 }
 ALL = [item for cases in CASES.values() for item in cases]
@@ -172,3 +174,17 @@ def test_the_exported_model_is_the_trained_one(runs: Path, item: Case, tmp_path:
         assert torch.equal(again.eval()(ids).logits, expected.eval()(ids).logits)
     else:
         assert torch.equal(again(ids), expected(ids))
+
+
+AVERAGED = [item for item in ALL if item.plan.job.train.ema is not None]
+
+
+@pytest.mark.parametrize("item", AVERAGED, ids=lambda item: item.name)
+def test_the_average_leaves_as_transformers_loads_it(runs: Path, item: Case, tmp_path: Path) -> None:
+    trained = read_checkpoint(runs / item.name / "out")
+    with emitted_module(runs / item.name, "export") as export:
+        export.main([str(tmp_path / "exported"), "--dtype", "float32", "--average"])
+    found = dict(from_pretrained(tmp_path / "exported", item.model).named_parameters())
+    assert found.keys() == parameters_of(trained).keys()
+    assert all(torch.equal(value, trained[f"optimizer.average.{name}"]) for name, value in found.items())
+    assert not all(torch.equal(value, trained[f"model.{name}"]) for name, value in found.items())

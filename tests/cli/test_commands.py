@@ -56,6 +56,14 @@ def test_check_says_what_was_understood(run: Run) -> None:
     assert ("world", "size", "8", "processes") in words
 
 
+def test_check_shows_groups_of_parameters_by_their_places(run: Run) -> None:
+    result = run("check", "job.yaml", "--set", "train.optimizer.groups=[{match: a.*}, {match: b.*, lr_scale: 0.5}]")
+    assert result.exit_code == 0
+    words = {tuple(line.split()) for line in result.stdout.splitlines()}
+    assert ("train.optimizer.groups.0.lr_scale", "1.0", "default") in words
+    assert ("train.optimizer.groups.1.lr_scale", "0.5") in words
+
+
 def test_check_json(run: Run) -> None:
     facts = json.loads(run("check", "job.yaml", "--json").stdout)
     assert (facts["world_size"], facts["total_steps"], facts["total_tokens"]) == (8, 10, 10 * 16 * 8192)

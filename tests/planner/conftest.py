@@ -6,7 +6,7 @@ import pytest
 
 from planner.profiles import cpu_cluster, job, toy
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import Candidate, search
+from shardwright.planner.search import Candidate, Search
 from shardwright.planner.space import decide
 from shardwright.schemas.plan import Decision
 
@@ -16,5 +16,6 @@ def toy_choice() -> tuple[Predictor, Candidate, Decision]:
     """The best sharded point of the toy on two CPU processes."""
     shards = job(cpu_cluster(2), batch=8, sequence=16, strategy={"engine": "fsdp2"})
     predictor = Predictor(shards, toy())
-    best = search(predictor).feasible[0]
+    best = Search(predictor).chosen()
+    assert best is not None
     return predictor, best, decide(best.point, shards.cluster, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import Affine, BackwardMoment, ModelProfile
 
 PLAIN = Point(
-    engine="single", world=1, shard=1, kept=None, gradient_degree=1, micro_batch=1, accumulation=1, checkpointed=0,
+    engine="single", world=1, shard=1, optimizer_degree=1, kept=None, gradient_degree=1,
+    micro_batch=1, accumulation=1,
+    checkpointed=0,
     precision="fp32",
 )  # fmt: skip
 
@@ -82,7 +85,16 @@ def test_distributed_data_parallel_holds_its_buckets() -> None:
 def test_fully_shard_by_hand() -> None:
     """Two devices, bf16: the root's 1280 elements and a block's 100 are gathered in 2 bytes each. The last block saves
     so much that its backward is the worst."""
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=2,
+        shard=2,
+        optimizer_degree=2,
+        kept=False,
+        gradient_degree=2,
+        precision="bf16_mixed",
+    )
     found = phases(point, toy(saved=2000))
     assert found["initialise"].bytes == {"parameters": 3360 + 4 * 1280}
     assert found["embedding forward"].bytes == HALF | {"gathered_parameters": 2 * 2560, "activation_temporaries": 10}
@@ -104,7 +116,16 @@ def test_fully_shard_by_hand() -> None:
 
 def test_a_gather_holds_two_buffers() -> None:
     """The root's, or that of the block before, goes when the block's parameters have been copied out of its own."""
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=2,
+        shard=2,
+        optimizer_degree=2,
+        kept=False,
+        gradient_degree=2,
+        precision="bf16_mixed",
+    )
     found = phases(point, toy(saved=0))
     assert found["block gather"].bytes["gathered_parameters"] == 2560 + 200 + (2560 + 200)
     assert found["backward gather"].bytes["gathered_parameters"] == 2560 + 200 + 200  # the first block, its own buffer
@@ -112,13 +133,24 @@ def test_a_gather_holds_two_buffers() -> None:
     # Of two blocks the last is worse: the buffer that is prefetched is filled from a copy of the shard, 50 elements.
     last = phases(point, toy(blocks=2, saved=2000))["backward gather"].bytes
     assert last["gathered_parameters"] == 2560 + 200 + (200 + 100)
-    assert "block gather" not in phases(replace(point, engine="single", world=1, shard=1, kept=None, precision="fp32"))
+    assert "block gather" not in phases(
+        replace(point, engine="single", world=1, shard=1, optimizer_degree=1, kept=None, precision="fp32")
+    )
 
 
 @pytest.mark.parametrize(("early", "expected"), [(250, (250, 0)), (150, (0, 200))])
 def test_gradients_count_from_when_they_are_made(early: int, expected: tuple[int, int]) -> None:
     """Of a block's backward, a moment with activations and none of its 100 gradients, and one the other way round."""
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=2,
+        shard=2,
+        optimizer_degree=2,
+        kept=False,
+        gradient_degree=2,
+        precision="bf16_mixed",
+    )
     moments = (BackwardMoment(Affine(0, early), 0, False), BackwardMoment(Affine(0, 0), 100, False))
     profile = toy(saved=2000)
     block = profile.units[1]
@@ -130,7 +162,16 @@ def test_gradients_count_from_when_they_are_made(early: int, expected: tuple[int
 
 def test_micro_batches_differ() -> None:
     """Of three, the second has kept parameters from the first and keeps them for the third."""
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=True, gradient_degree=2, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=2,
+        shard=2,
+        optimizer_degree=2,
+        kept=True,
+        gradient_degree=2,
+        precision="bf16_mixed",
+    )
     for accumulation, blocks in ((2, 3), (3, 4)):
         found = phases(replace(point, accumulation=accumulation), toy(saved=0))["gradient reduction"].bytes
         assert found["gathered_parameters"] == 2560 + blocks * 200
@@ -139,7 +180,16 @@ def test_micro_batches_differ() -> None:
 
 def test_the_first_block_may_be_the_worst_of_backward() -> None:
     """With nothing saved, the sharded gradients of the blocks behind count more: 3 x 200 and a reduction of 400."""
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=2,
+        shard=2,
+        optimizer_degree=2,
+        kept=False,
+        gradient_degree=2,
+        precision="bf16_mixed",
+    )
     first = phases(point, toy(saved=0))["block backward"].bytes
     assert first["gathered_parameters"] == 2560 + 200
     assert first["gradients"] == 3 * 200 + 2 * 640 + 2 * 100
@@ -147,7 +197,16 @@ def test_the_first_block_may_be_the_worst_of_backward() -> None:
 
 
 def test_kept_parameters_stay() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=True, gradient_degree=2, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=2,
+        shard=2,
+        optimizer_degree=2,
+        kept=True,
+        gradient_degree=2,
+        precision="bf16_mixed",
+    )
     assert phases(point)["block backward"].bytes["gathered_parameters"] == 2560 + 4 * 200
     stays = phases(replace(point, accumulation=2))
     assert stays["embedding forward"].bytes["gathered_parameters"] == 2560 + 4 * 200  # of the second micro-batch
@@ -155,7 +214,16 @@ def test_kept_parameters_stay() -> None:
 
 
 def test_whole_gradients_that_wait_are_float32() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=1, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=2,
+        shard=2,
+        optimizer_degree=2,
+        kept=False,
+        gradient_degree=1,
+        precision="bf16_mixed",
+    )
     waits = phases(replace(point, accumulation=2))
     assert waits["block forward"].bytes["gradients"] == 6720
     assert waits["block backward"].bytes["gradients"] == 6720 + 2 * 640 + 2 * 100
@@ -164,14 +232,14 @@ def test_whole_gradients_that_wait_are_float32() -> None:
 
 
 def test_replicas_are_copied_without_a_gather_buffer() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=1, kept=False, precision="bf16_mixed")
+    point = replace(PLAIN, engine="fsdp2", world=2, shard=1, optimizer_degree=1, kept=False, precision="bf16_mixed")
     found = phases(point)
     assert found["block forward"].bytes["gathered_parameters"] == 2560 + 200
     assert found["embedding forward"].bytes["gathered_parameters"] == 2560
 
 
 def test_foreach_sgd_with_weight_decay_copies_sharded_gradients() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2)
+    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, optimizer_degree=2, kept=False, gradient_degree=2)
 
     def gradients(point: Point, **optimizer: Any) -> int:
         train = {"optimizer": {"name": "sgd", **optimizer}}
@@ -185,7 +253,7 @@ def test_foreach_sgd_with_weight_decay_copies_sharded_gradients() -> None:
 
 def test_a_constructor_holds_the_model_on_the_host_of_gpus_and_on_cpu_devices() -> None:
     built = replace(toy(), init="constructor")
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2)
+    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, optimizer_degree=2, kept=False, gradient_degree=2)
     assert phases(point, built)["initialise"].bytes == {"parameters": 3360 + 6720}
     gpus = job(gpu_cluster(per_node=2), batch=2, sequence=16)
     assert phases(point, built, gpus)["initialise"].bytes == {"parameters": 3360 + 4 * 1280}
@@ -202,7 +270,7 @@ def test_reserved_is_allocated_and_fragmentation() -> None:
 
 
 def test_a_frozen_block_has_no_gradients() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, kept=False, gradient_degree=2)
+    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, optimizer_degree=2, kept=False, gradient_degree=2)
     frozen = phases(point, toy(trainable=False))["block backward"].bytes
     assert frozen["gradients"] == 4 * 640
 
@@ -277,8 +345,75 @@ def test_keeping_parameters_never_takes_less(accumulation: int) -> None:
 def test_llama_3_8b_states_as_zero_counts_them() -> None:
     """4 + 8 bytes a parameter of parameters and optimizer states over eight devices (ZeRO, arXiv 1910.02054, table 1,
     with float32 masters as the only parameters at rest)."""
-    point = replace(PLAIN, engine="fsdp2", world=8, shard=8, kept=False, gradient_degree=8, precision="bf16_mixed")
+    point = replace(
+        PLAIN,
+        engine="fsdp2",
+        world=8,
+        shard=8,
+        optimizer_degree=8,
+        kept=False,
+        gradient_degree=8,
+        precision="bf16_mixed",
+    )
     at_rest = Predictor(job(gpu_cluster(), batch=8), llama()).memory.prediction(point).at_rest
     assert at_rest["parameters"] == 4 * 8030261248 / 8
     assert at_rest["gradients"] == 4 * 8030261248 / 8
     assert at_rest["optimizer_states"] == 8 * 8030261248 / 8 + 4 * 291
+
+
+@settings(max_examples=40, deadline=None)
+@given(MODELS, st.data())
+def test_the_floor_is_below_every_peak(profile: ModelProfile, data: st.DataObject) -> None:
+    spec = job(gpu_cluster(2), batch=32, quality=data.draw(st.sampled_from(["standard", "lossy"])))
+    memory = Predictor(spec, profile).memory
+    engine = data.draw(st.sampled_from(sorted({point.engine for point in configurations(spec, profile)})))
+    points = [point for point in configurations(spec, profile) if point.engine == engine]
+    blocks = data.draw(st.integers(0, len(profile.block_paths)))
+    point = replace(data.draw(st.sampled_from(points)), checkpointed=blocks)
+    assert memory.at_rest_floor(point) <= memory.peak(point).total
+    at_rest = memory.prediction(point).at_rest
+    assert memory.at_rest_floor(point) >= at_rest["parameters"] + at_rest["optimizer_states"] + at_rest["gradients"]
+
+
+def flat(parameters: int, gradients: int, optimizer: int, **others: Any) -> Point:
+    """Engine amsp on eight devices in bf16; the axes are those between the degrees."""
+    ends = sorted({1, parameters, gradients, optimizer, others.get("secondary", 1), 8})
+    axes = tuple(wide // narrow for narrow, wide in pairwise(ends))
+    kept = None if parameters == 1 else others.pop("kept", False)
+    return replace(
+        PLAIN, engine="amsp", world=8, shard=parameters, gradient_degree=gradients, optimizer_degree=optimizer,
+        axes=axes, precision="bf16_mixed", kept=kept, **others
+    )  # fmt: skip
+
+
+def test_sharded_states_by_hand() -> None:
+    """Two, two, four of eight devices. A block's 100 elements are padded to 128, the root's 1280 are none more."""
+    found = phases(flat(2, 2, 4), toy(saved=2000))
+    fixed = {"parameters": 2 * 896, "optimizer_states": 4 * 448 + 8 * 448 + 5 * 4, "inputs": 256}
+    assert found["optimizer step"].bytes == fixed | {"gradients": 4 * 448}
+    # The root first: 2560 whole; the first block is on its way. New values of the blocks behind it: 2 x 32 each.
+    assert found["embedding forward"].bytes == fixed | {
+        "gathered_parameters": 2560 + 256,
+        "communication_buffers": 3 * 64,
+        "activation_temporaries": 10,
+    }
+    assert found["head and loss"].bytes["gathered_parameters"] == 2560
+    assert "communication_buffers" not in found["head and loss"].bytes
+    last = found["block backward"].bytes  # of the last block, the one before it on its way
+    assert last["gathered_parameters"] == 2560 + 256 + 256
+    assert last["gradients"] == 4 * 1280 + 4 * 128 + 2 * 100  # the root's buffer and its own, whole; the newest
+    reduction = found["root gradient reduction"].bytes
+    # Of three hops the root's first reads 5120 and writes 2560, the first block's second 256 and 128; that of the block
+    # behind it is summed in place, 128. Two have ended.
+    assert reduction["communication_buffers"] == 5120 + 2560 + 256 + 128 + 128
+    assert reduction["gradients"] == 2 * 128
+    assert found["publication"].bytes["communication_buffers"] >= 2 * 448
+
+
+def test_the_second_copy_by_hand() -> None:
+    """128 elements of a block over two devices: 128 bytes each, from its forward to its backward."""
+    found = phases(flat(8, 8, 8, secondary=2), toy(saved=2000))
+    without = phases(flat(8, 8, 8), toy(saved=2000))
+    differ = found["head and loss"].bytes["gathered_parameters"] - without["head and loss"].bytes["gathered_parameters"]
+    assert differ == 4 * 128
+    assert "second copy" not in without

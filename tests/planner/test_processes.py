@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from planner.profiles import cpu_cluster, toy
 from shardwright.planner import at_rest_bytes, step_collectives
 from shardwright.planner.groups import Groups
 from shardwright.planner.space import Point, decide
-from shardwright.schemas.job import OptimizerSpec
-from shardwright.schemas.profile import ModelProfile, Parameter
+from shardwright.schemas.job import TrainSpec
+from shardwright.schemas.profile import Parameter
 
 WORLD = 4
 OPTIMIZERS = {
-    "adamw": OptimizerSpec(name="adamw"),
-    "sgd momentum": OptimizerSpec(name="sgd", momentum=0.9),
-    "sgd": OptimizerSpec(name="sgd", momentum=0.0),
+    "adamw": {"name": "adamw"},
+    "sgd momentum": {"name": "sgd", "momentum": 0.9},
+    "sgd": {"name": "sgd", "momentum": 0.0},
 }
 
 
@@ -36,6 +37,8 @@ def case(engine: str, shard: int = 1, *, world: int = WORLD, **others: Any) -> d
         "optimizer": "adamw",
         "model": "plain",
         "bucket_cap_bytes": 64 * 2**20,
+        "ema": None,
+        "second": None,
     }
     return {"engine": engine, "world": world, "shard": shard, "gradient_degree": shard, **defaults, **others}
 
@@ -48,6 +51,7 @@ CASES = {
     "ddp, accumulation, sgd with momentum": case("ddp", accumulation=3, optimizer="sgd momentum"),
     "ddp, tied, sgd": case("ddp", model="tied", optimizer="sgd"),
     "ddp, frozen": case("ddp", model="frozen"),
+    "ddp, frozen, averages": case("ddp", model="frozen", ema=0.9),
     "ddp, small buckets": case("ddp", model="chain", bucket_cap_bytes=700),
     "ddp, smaller buckets": case("ddp", model="chain", bucket_cap_bytes=400, accumulation=2),
     "zero-3": case("fsdp2", 4),
@@ -62,6 +66,11 @@ CASES = {
     "kept, checkpointed": case("fsdp2", 4, kept=True, checkpointed=3),
     "zero-3, tied, sgd with momentum": case("fsdp2", 4, model="tied", optimizer="sgd momentum"),
     "zero-3, frozen, sgd": case("fsdp2", 4, model="frozen", optimizer="sgd", precision="bf16_mixed"),
+    "zero-3, averages, sgd": case("fsdp2", 4, optimizer="sgd", ema=0.9, precision="bf16_mixed"),
+    "second copy": case("fsdp2", 4, second=2),
+    "second copy, accumulation, in bf16": case("fsdp2", 4, second=2, accumulation=3, precision="bf16_mixed"),
+    "second copy, checkpointed, tied": case("fsdp2", 4, second=2, checkpointed=3, model="tied"),
+    "second copy, frozen": case("fsdp2", 4, second=2, model="frozen", precision="bf16_mixed"),
     "hsdp": case("fsdp2", 2),
     "hsdp, accumulation": case("fsdp2", 2, precision="bf16_mixed", accumulation=3),
     "hsdp, whole gradients, kept": case("fsdp2", 2, kept=True, accumulation=3, gradient_degree=1),
@@ -93,33 +102,36 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.processes
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_at_rest_of_every_rank(measured: list[dict[str, Any]], name: str) -> None:
-    point, parameters = point_of(CASES[name]), parameters_of(measured[0][name])
-    optimizer = OPTIMIZERS[CASES[name]["optimizer"]]
+    point, groups = point_of(CASES[name]), groups_of(measured[0][name])
+    optimizer, ema = OPTIMIZERS[CASES[name]["optimizer"]], CASES[name]["ema"]
+    train = TrainSpec.model_validate({"global_batch": 4, "steps": 1, "optimizer": optimizer, "ema": ema})
     decision = decide(point, cpu_cluster(point.world), blocks=3)
     for rank in range(WORLD):
         counted = measured[rank][name]["at_rest"]
-        assert counted == at_rest_bytes(decision, parameters, optimizer, rank % point.world)
+        assert counted == at_rest_bytes(decision, groups, train, rank % point.world)
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_of_every_rank(measured: list[dict[str, Any]], name: str) -> None:
-    point, parameters = point_of(CASES[name]), parameters_of(measured[0][name])
-    profile = with_parameters(parameters, tuple(measured[0][name]["blocks"]))
-    predicted = step_collectives(point, Groups(profile), CASES[name]["bucket_cap_bytes"])
+    point = point_of(CASES[name])
+    predicted = step_collectives(point, groups_of(measured[0][name]), CASES[name]["bucket_cap_bytes"])
     for rank in range(WORLD):
-        groups = {
-            "world": tuple(range(WORLD)),
-            "dp_shard": tuple(rank // point.shard * point.shard + index for index in range(point.shard)),
-            "dp_replicate": tuple(rank % point.shard + index * point.shard for index in range(point.replicas)),
-        }
         counted: Counter[tuple[str, tuple[int, ...], int]] = Counter()
         for each in predicted:
-            assert len(groups[each.axis]) == each.group_size
-            counted[each.kind, groups[each.axis], each.bytes] += each.count
+            counted[each.kind, ranks_of(point, each.axis, each.group_size, rank), each.bytes] += each.count
         rows = measured[rank][name]["collectives"]
         assert {(kind, tuple(ranks), size): count for kind, ranks, size, count in rows} == counted
+
+
+def ranks_of(point: Point, axis: str, size: int, rank: int) -> tuple[int, ...]:
+    """The group of an axis; of `dp_shard`, neighbours, as many as a second copy is spread over or all."""
+    if axis == "dp_replicate":
+        assert size == point.replicas
+        return tuple(rank % point.shard + index * point.shard for index in range(size))
+    assert size in ((WORLD,) if axis == "world" else (point.shard, point.secondary))
+    return tuple(rank // size * size + index for index in range(size))
 
 
 def point_of(case: dict[str, Any]) -> Point:
@@ -127,8 +139,10 @@ def point_of(case: dict[str, Any]) -> Point:
         engine=case["engine"],
         world=case["world"],
         shard=case["shard"],
+        optimizer_degree=case["shard"],
         kept=case["kept"] if case["engine"] == "fsdp2" else None,
         gradient_degree=case["gradient_degree"],
+        secondary=case["second"],
         micro_batch=1,
         accumulation=case["accumulation"],
         checkpointed=case["checkpointed"],
@@ -136,8 +150,8 @@ def point_of(case: dict[str, Any]) -> Point:
     )
 
 
-def parameters_of(result: dict[str, Any]) -> tuple[Parameter, ...]:
-    return tuple(
+def groups_of(result: dict[str, Any]) -> Groups:
+    parameters = tuple(
         Parameter(
             name=each["name"],
             shape=tuple(each["shape"]),
@@ -147,10 +161,6 @@ def parameters_of(result: dict[str, Any]) -> tuple[Parameter, ...]:
         )
         for each in result["parameters"]
     )
-
-
-def with_parameters(parameters: tuple[Parameter, ...], blocks: tuple[str, ...]) -> ModelProfile:
-    """The toy profile with these parameters; only they and the names of the blocks matter to collectives."""
-    profile = toy(blocks=len(blocks))
-    assert profile.block_paths == blocks
-    return type(profile)(**{name: getattr(profile, name) for name in profile.__slots__} | {"parameters": parameters})
+    profile = toy(blocks=len(result["blocks"]))
+    assert profile.block_paths == tuple(result["blocks"])
+    return Groups(replace(profile, parameters=parameters))

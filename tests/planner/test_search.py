@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 from planner.test_memory import MODELS
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import TIE, Candidate, best_first, measure, search, timed
+from shardwright.planner.search import (
+    OWN_ENGINE_GAIN,
+    TIE,
+    Candidate,
+    Search,
+    best_first,
+    least_that_fits,
+    measure,
+    timed,
+)
 from shardwright.planner.space import Point, block_count, configurations, permitted_blocks
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import ModelProfile
@@ -22,16 +31,23 @@ B70 = {"layers": 80, "hidden": 8192, "heads": 64, "ffn": 28672}
 
 
 def best(spec: JobSpec, profile: ModelProfile) -> Candidate:
-    return search(Predictor(spec, profile)).feasible[0]
+    found = Search(Predictor(spec, profile)).chosen()
+    assert found is not None
+    return found
 
 
-def everything(spec: JobSpec, profile: ModelProfile) -> list[Candidate]:
-    """Every point of the space that fits, nothing pruned."""
+def everything(spec: JobSpec, profile: ModelProfile) -> Candidate | None:
+    """What trying every point of the space chooses, nothing pruned."""
     predictor = Predictor(spec, profile)
     blocks = permitted_blocks(spec, block_count(profile))
     points = [replace(each, checkpointed=count) for each in configurations(spec, profile) for count in blocks]
     fitting = [candidate for candidate in (measure(predictor, point) for point in points) if candidate.fits]
-    return best_first([timed(predictor, candidate) for candidate in fitting], predictor.device_budget)
+    times = [timed(predictor, candidate) for candidate in fitting]
+    stock = best_first([each for each in times if each.point.engine != "amsp"], predictor.device_budget)
+    own = best_first([each for each in times if each.point.engine == "amsp"], predictor.device_budget)
+    if stock and own:
+        return own[0] if own[0].seconds * (1 + OWN_ENGINE_GAIN) <= stock[0].seconds else stock[0]
+    return (stock or own or [None])[0]
 
 
 def peaks(spec: JobSpec, profile: ModelProfile) -> list[int]:
@@ -46,10 +62,7 @@ def test_pruning_loses_nothing(profile: ModelProfile, share: float) -> None:
     reached = peaks(spec, profile)
     budget = int(reached[0] * 0.9 + share * (reached[-1] - reached[0] * 0.9))
     spec = job(gpu_cluster(2, per_node=2), batch=16, budget={"device_memory": f"{budget}B"})
-    found, all_of_them = search(Predictor(spec, profile)), everything(spec, profile)
-    assert bool(found.feasible) == bool(all_of_them)
-    if all_of_them:
-        assert found.feasible[0] == all_of_them[0]
+    assert Search(Predictor(spec, profile)).chosen() == everything(spec, profile)
 
 
 @settings(max_examples=10, deadline=None)
@@ -61,10 +74,10 @@ def test_a_larger_budget_is_never_slower(profile: ModelProfile, shares: list[flo
     seconds = float("inf")
     for share in sorted(shares):
         budgeted = job(gpu_cluster(2, per_node=2), batch=16, budget={"device_memory": f"{int(least * share)}B"})
-        found = search(Predictor(budgeted, profile)).feasible
-        if found:
-            assert found[0].seconds <= seconds * (1 + TIE)
-            seconds = found[0].seconds
+        found = Search(Predictor(budgeted, profile)).chosen()
+        if found is not None:
+            assert found.seconds <= seconds * (1 + TIE)
+            seconds = found.seconds
 
 
 def test_faster_links_are_never_slower() -> None:
@@ -124,7 +137,9 @@ def test_slow_networks_favour_replicas() -> None:
 
 def test_ties_go_to_less_memory_and_then_to_the_simpler() -> None:
     plain = Point(
-        engine="fsdp2", world=8, shard=8, kept=False, gradient_degree=8, micro_batch=1, accumulation=1, checkpointed=0,
+        engine="fsdp2", world=8, shard=8, optimizer_degree=8, kept=False, gradient_degree=8,
+        micro_batch=1, accumulation=1,
+        checkpointed=0,
         precision="bf16_mixed",
     )  # fmt: skip
     one = replace(measure(Predictor(job(gpu_cluster(), batch=8), toy()), plain), seconds=1.0, reserved=90)
@@ -139,23 +154,56 @@ def test_the_host_has_a_budget_too() -> None:
     """A constructor's model stands in every process of a node: 8 x 32 GB, with what each process takes itself."""
     built = replace(llama(), init="constructor")
     small_host = gpu_cluster().model_copy(update={"host_memory": 200 * 2**30})
-    found = search(Predictor(job(small_host, batch=8), built))
-    assert not found.feasible
-    assert found.infeasible[0].host > 200 * 2**30
-    assert search(Predictor(job(small_host, batch=8), llama())).feasible
+    found = Search(Predictor(job(small_host, batch=8), built))
+    nearest = found.closest(lambda point: True)
+    assert found.chosen() is None
+    assert nearest is not None
+    assert nearest.host > 200 * 2**30
+    assert Search(Predictor(job(small_host, batch=8), llama())).chosen() is not None
 
 
 def test_counts() -> None:
     spec = job(cpu_cluster(2), batch=8, sequence=16)
-    found = search(Predictor(spec, toy()))
+    found = Search(Predictor(spec, toy()))
     assert found.considered == len(list(configurations(spec, toy())))
-    assert len(found.feasible) == found.considered
+    assert found.measured == 0
+    found.chosen()
+    assert 0 < len(found.feasible) == found.measured <= found.considered
     assert not found.infeasible
+
+
+def test_every_question_is_answered_as_by_trying_everything() -> None:
+    """The fastest of each kind, whatever was asked before."""
+    spec, profile = job(gpu_cluster(2, per_node=2), batch=16, budget={"device_memory": "40GiB"}), llama(layers=4)
+    predictor = Predictor(spec, profile)
+    found = Search(predictor)
+    fitting = [least_that_fits(predictor, point) for point in configurations(spec, profile)]
+    times = [timed(predictor, each) for each in fitting if each is not None and each.fits]
+    kinds = {(each.point.engine, each.point.micro_batch, each.point.optimizer_degree) for each in times}
+    assert len(kinds) > 4
+    for kind in kinds:
+
+        def of_kind(point: Point, kind: tuple[str, int, int] = kind) -> bool:
+            return (point.engine, point.micro_batch, point.optimizer_degree) == kind
+
+        expected = best_first([each for each in times if of_kind(each.point)], predictor.device_budget)[0]
+        assert found.best(of_kind) == expected
+
+
+def test_the_closest_miss_is_that_of_trying_everything() -> None:
+    spec, profile = job(gpu_cluster(2, per_node=2), batch=16, budget={"device_memory": "1GiB"}), llama(layers=4)
+    predictor = Predictor(spec, profile)
+    found = Search(predictor)
+    misses = [least_that_fits(predictor, point) for point in configurations(spec, profile)]
+    assert found.chosen() is None
+    nearest = found.closest(lambda point: True)
+    assert nearest is not None
+    assert nearest.reserved == min(each.reserved for each in misses if each is not None)
 
 
 def test_a_search_is_deterministic() -> None:
     spec, profile = job(gpu_cluster(2), batch=64), llama(layers=4)
-    assert search(Predictor(spec, profile)) == search(Predictor(spec, profile))
+    assert Search(Predictor(spec, profile)).chosen() == Search(Predictor(spec, profile)).chosen()
 
 
 @pytest.mark.parametrize(("nodes", "batch"), [(8, 512), (2048, 16384)])
@@ -163,5 +211,5 @@ def test_a_search_takes_less_than_a_second(nodes: int, batch: int) -> None:
     profile = llama(**B70)  # type: ignore[arg-type]
     spec = job(gpu_cluster(nodes), batch=batch)
     began = time.process_time()
-    search(Predictor(spec, profile))
+    Search(Predictor(spec, profile)).chosen()
     assert time.process_time() - began < 1.0

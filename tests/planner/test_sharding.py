@@ -9,11 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.profiles import cpu_cluster, gpu_cluster, toy
-from shardwright.planner.sharding import at_rest_bytes, own_shard, padded_numel, padded_shard
+from shardwright.planner.at_rest import at_rest_bytes
+from shardwright.planner.groups import Groups
+from shardwright.planner.sharding import own_shard, padded_numel, padded_shard
 from shardwright.planner.space import Point, decide
-from shardwright.schemas.job import OptimizerSpec
+from shardwright.schemas.job import OptimizerSpec, TrainSpec
 
 SHAPES = st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple)
+
+
+def recipe(name: str = "adamw", ema: float | None = None) -> TrainSpec:
+    fields = {"global_batch": 8, "steps": 1, "optimizer": OptimizerSpec(name=name), "ema": ema}
+    return TrainSpec.model_validate(fields)
 
 
 def chunks(rows: int, degree: int) -> list[int]:
@@ -41,32 +48,40 @@ def test_fewer_rows_than_shards_leave_ranks_empty_but_padded() -> None:
 def test_at_rest_by_hand() -> None:
     """64 rows over 2: 320 elements twice; 10 rows over 2: 50, four times; 840 of 1680 elements."""
     point = Point(
-        engine="fsdp2", world=4, shard=2, kept=False, gradient_degree=2, micro_batch=1, accumulation=1, checkpointed=0,
+        engine="fsdp2", world=4, shard=2, optimizer_degree=2, kept=False, gradient_degree=2,
+        micro_batch=1, accumulation=1,
+        checkpointed=0,
         precision="fp32",
     )  # fmt: skip
     decision = decide(point, cpu_cluster(4), 4)
     for rank in range(4):
-        assert at_rest_bytes(decision, toy().parameters, OptimizerSpec(), rank) == {
+        assert at_rest_bytes(decision, Groups(toy()), recipe(), rank) == {
             "parameters": 840 * 4,
             "gradients": 840 * 4,
             "optimizer_states": 840 * 8 + 6 * 4,
         }
+        averaged = at_rest_bytes(decision, Groups(toy()), recipe(ema=0.9), rank)
+        assert averaged["optimizer_states"] == 840 * 12 + 6 * 4
 
 
 def test_frozen_parameters_have_neither_gradients_nor_states() -> None:
     point = Point(
-        engine="single", world=1, shard=1, kept=None, gradient_degree=1, micro_batch=1, accumulation=1, checkpointed=0,
+        engine="single", world=1, shard=1, optimizer_degree=1, kept=None, gradient_degree=1,
+        micro_batch=1, accumulation=1,
+        checkpointed=0,
         precision="fp32",
     )  # fmt: skip
     decision = decide(point, cpu_cluster(1), 4)
-    held = at_rest_bytes(decision, toy(trainable=False).parameters, OptimizerSpec(name="sgd"), 0)
+    held = at_rest_bytes(decision, Groups(toy(trainable=False)), recipe("sgd"), 0)
     assert held == {"parameters": 1680 * 4, "gradients": 1280 * 4, "optimizer_states": 1280 * 4}
 
 
 def test_a_rank_outside_the_mesh_is_refused() -> None:
     point = Point(
-        engine="ddp", world=8, shard=1, kept=None, gradient_degree=1, micro_batch=1, accumulation=1, checkpointed=0,
+        engine="ddp", world=8, shard=1, optimizer_degree=1, kept=None, gradient_degree=1,
+        micro_batch=1, accumulation=1,
+        checkpointed=0,
         precision="fp32",
     )  # fmt: skip
     with pytest.raises(ValueError, match="rank 8"):
-        at_rest_bytes(decide(point, gpu_cluster(), 4), toy().parameters, OptimizerSpec(), 8)
+        at_rest_bytes(decide(point, gpu_cluster(), 4), Groups(toy()), recipe(), 8)

@@ -12,14 +12,13 @@ from shardwright.planner.space import (
     Point,
     configurations,
     decide,
-    level_degree,
     micro_batches,
     permitted_blocks,
-    permitted_degrees,
     point_of,
     spanned_levels,
     unshardable,
 )
+from shardwright.schemas.checks import level_degree, shard_degrees
 from shardwright.schemas.cluster import ClusterSpec
 
 
@@ -34,8 +33,8 @@ def three_levels() -> ClusterSpec:
 
 
 def test_degrees_fill_the_fastest_levels_first() -> None:
-    assert permitted_degrees(job(gpu_cluster(4), batch=64)) == (1, 2, 4, 8, 16, 32)
-    assert permitted_degrees(job(three_levels(), batch=48)) == (1, 2, 4, 8, 16, 24, 48)
+    assert shard_degrees(gpu_cluster(4)) == (1, 2, 4, 8, 16, 32)
+    assert shard_degrees(three_levels()) == (1, 2, 4, 8, 16, 24, 48)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,8 @@ def test_strategy_restricts_the_space() -> None:
         "micro_batch": [1, 4],
         "precision": "bf16_mixed",
     }
-    points = list(configurations(job(gpu_cluster(2), batch=64, strategy=strategy), llama(layers=2)))
+    spec = job(gpu_cluster(2), batch=64, strategy={**strategy, "engine": "stock"})
+    points = list(configurations(spec, llama(layers=2)))
     assert points
     for point in points:
         assert (point.engine, point.shard, point.gradient_degree, point.kept) == ("fsdp2", 8, 8, False)
@@ -83,8 +83,9 @@ def test_every_point_trains_on_the_global_batch_once() -> None:
     for point in configurations(job(gpu_cluster(2), batch=96), llama(layers=2)):
         assert point.world * point.micro_batch * point.accumulation == 96
         assert point.replicas * point.shard == point.world
-        assert point.gradient_degree in (1, point.shard)
-        assert point.accumulation > 1 or point.gradient_degree == point.shard
+        assert point.optimizer_degree >= max(point.shard, point.gradient_degree)
+        assert point.engine == "amsp" or point.gradient_degree in (1, point.shard)
+        assert point.accumulation > 1 or point.gradient_degree == point.optimizer_degree
 
 
 def test_points_are_distinct() -> None:
@@ -120,7 +121,9 @@ def test_numbers_of_checkpointed_blocks() -> None:
 )
 def test_decisions_state_points(point: dict[str, object], axes: dict[str, int], levels: tuple[str, ...]) -> None:
     plain = Point(
-        engine="fsdp2", world=1, shard=1, kept=True, gradient_degree=1, micro_batch=2, accumulation=3, checkpointed=2,
+        engine="fsdp2", world=1, shard=1, optimizer_degree=1, kept=True, gradient_degree=1,
+        micro_batch=2, accumulation=3,
+        checkpointed=2,
         precision="bf16_mixed",
     )  # fmt: skip
     stated = replace(plain, **point)  # type: ignore[arg-type]
@@ -133,10 +136,13 @@ def test_decisions_state_points(point: dict[str, object], axes: dict[str, int], 
 def test_models_that_fully_shard_refuses() -> None:
     profile = toy()
     scalar = replace(profile.parameters[0], name="scale", shape=())
-    assert "scale is a scalar" in unshardable(replace(profile, parameters=(*profile.parameters, scalar)))
-    tied = replace(profile.parameters[1], also=("head.weight",))
-    assert "several FSDP groups" in unshardable(replace(profile, parameters=(*profile.parameters[:1], tied)))
-    assert unshardable(llama(layers=2, tied=True)) == ""
     with_scalar = replace(profile, parameters=(*profile.parameters, scalar))
-    engines = {point.engine for point in configurations(job(cpu_cluster(2), batch=4, sequence=16), with_scalar)}
-    assert engines == {"ddp"}
+    assert "scale is a scalar" in unshardable(with_scalar, "fsdp2")
+    assert unshardable(with_scalar, "amsp") == unshardable(with_scalar, "ddp") == ""
+    tied = replace(profile.parameters[1], also=("head.weight",))
+    with_tied = replace(profile, parameters=(*profile.parameters[:1], tied))
+    assert all("several groups" in unshardable(with_tied, engine) for engine in ("fsdp2", "amsp"))
+    assert unshardable(llama(layers=2, tied=True), "fsdp2") == ""
+    spec = job(cpu_cluster(2), batch=4, sequence=16)
+    assert {point.engine for point in configurations(spec, with_scalar)} == {"ddp", "amsp"}
+    assert {point.engine for point in configurations(spec, with_tied)} == {"ddp"}

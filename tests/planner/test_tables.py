@@ -10,7 +10,7 @@ from planner.profiles import cpu_cluster, gpu_cluster, job
 from shardwright.planner import DDP_BUCKET_CAP_MIB, ENGINES, LR_SCHEDULES, OPTIMIZERS, PRECISIONS, needed_dtypes
 from shardwright.planner.explain import REASONED
 from shardwright.planner.reasons import buys, shown
-from shardwright.schemas.job import OptimizerSpec, ScheduleSpec
+from shardwright.schemas.job import STOCK_ENGINES, OptimizerSpec, ScheduleSpec, TrainSpec
 from shardwright.schemas.plan import Decision, Engine
 
 
@@ -49,17 +49,25 @@ def test_what_engines_run(engine: Any, world: int, degree: int, precision: Any, 
 
 @pytest.mark.parametrize(("world", "degree"), [(1, 1), (4, 1), (4, 2), (4, 4)])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_exactly_one_engine_runs_each_point(world: int, degree: int, precision: Any) -> None:
-    assert sum(each.runs(world=world, degree=degree, precision=precision) for each in ENGINES.values()) == 1
+def test_exactly_one_stock_engine_runs_each_point(world: int, degree: int, precision: Any) -> None:
+    assert sum(ENGINES[each].runs(world=world, degree=degree, precision=precision) for each in STOCK_ENGINES) == 1
+    assert set(STOCK_ENGINES) == {name for name, each in ENGINES.items() if not each.flat}
 
 
 def test_optimizer_bytes() -> None:
     adamw, sgd = OPTIMIZERS["adamw"], OPTIMIZERS["sgd"]
-    plain, momentum = OptimizerSpec(name="sgd", momentum=0), OptimizerSpec(name="sgd", momentum=0.9)
-    assert adamw.state_bytes(OptimizerSpec(), elements=100, tensors=3) == 812
+    default, plain, momentum = (
+        TrainSpec.model_validate({"global_batch": 8, "steps": 1, "optimizer": optimizer})
+        for optimizer in ({}, {"name": "sgd", "momentum": 0}, {"name": "sgd", "momentum": 0.9})
+    )
+    assert adamw.state_bytes(default, elements=100, tensors=3) == 812
     assert sgd.state_bytes(plain, elements=100, tensors=3) == 0
     assert sgd.state_bytes(momentum, elements=100, tensors=3) == 400
-    assert [adamw.traffic_bytes(OptimizerSpec()), sgd.traffic_bytes(plain), sgd.traffic_bytes(momentum)] == [28, 12, 20]
+    assert [adamw.traffic_bytes(default), sgd.traffic_bytes(plain), sgd.traffic_bytes(momentum)] == [28, 12, 20]
+    averaged = [train.model_copy(update={"ema": 0.9}) for train in (default, plain)]
+    assert adamw.state_bytes(averaged[0], elements=100, tensors=3) == 1212
+    assert sgd.state_bytes(averaged[1], elements=100, tensors=3) == 400
+    assert [adamw.traffic_bytes(averaged[0]), sgd.traffic_bytes(averaged[1])] == [40, 24]
 
 
 @pytest.mark.parametrize(

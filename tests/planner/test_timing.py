@@ -19,7 +19,9 @@ from shardwright.planner.space import Point, configurations
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.profile import ModelProfile, Parameter
 
-FSDP = replace(PLAIN, engine="fsdp2", world=8, shard=8, kept=False, gradient_degree=8, precision="bf16_mixed")
+FSDP = replace(
+    PLAIN, engine="fsdp2", world=8, shard=8, optimizer_degree=8, kept=False, gradient_degree=8, precision="bf16_mixed"
+)
 
 
 def seconds(point: Point, cluster: ClusterSpec, profile: ModelProfile | None = None) -> float:

@@ -137,7 +137,7 @@ def shard(model: nn.Module, case: dict[str, Any]) -> nn.Module:
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = mixed if case["precision"] == "bf16_mixed" else MixedPrecisionPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not case["kept"])
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=case["second"] or not case["kept"])
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
@@ -173,6 +173,11 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, case: dict[st
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
     optimizer.step()
+    for parameter in parameters if case["ema"] is not None else ():
+        state = optimizer.state[parameter]
+        if "average" not in state:
+            state["average"] = parameter.detach().clone()
+        state["average"].lerp_(parameter.detach(), 1 - case["ema"])
     if case["world"] > 1:
         dist.all_reduce(torch.ones(1, dtype=torch.float64))
 

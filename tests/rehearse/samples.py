@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from shardwright.schemas.cluster import ClusterSpec
@@ -45,10 +46,14 @@ def cluster(*levels: tuple[str, int]) -> ClusterSpec:
 
 
 def decision(*axes: tuple[str, int], engine: str = "fsdp2", precision: str = "bf16_mixed", **changes: Any) -> Decision:
-    """A decision for a mesh, slowest axis first; `gradients`, `blocks`, `of` and `reshard` beside its own keys."""
+    """A decision for a mesh, slowest axis first; `gradients`, `blocks`, `of` and `reshard` beside its own keys.
+
+    `parameters`, `optimizer` and `secondary`: degrees, where they do not follow from dp_shard.
+    """
     sizes = dict(axes)
-    degree = sizes.get("dp_shard", 1)
-    world = degree * sizes.get("dp_replicate", 1)
+    degree = changes.pop("parameters", sizes.get("dp_shard", 1))
+    optimizer, secondary = changes.pop("optimizer", degree), changes.pop("secondary", None)
+    world = prod(sizes.values())
     blocks, of = changes.pop("blocks", 0), changes.pop("of", 12)
     reshard = changes.pop("reshard", True)
     gradients = changes.pop("gradients", degree)
@@ -57,13 +62,14 @@ def decision(*axes: tuple[str, int], engine: str = "fsdp2", precision: str = "bf
         "states": {
             "parameters": {"degree": degree, "levels": []},
             "gradients": {"degree": gradients, "levels": []},
-            "optimizer_states": {"degree": degree, "levels": []},
+            "optimizer_states": {"degree": optimizer, "levels": []},
+            "secondary": None if secondary is None else {"degree": secondary, "levels": []},
         },
         "micro_batch": 1,
         "accumulation": 1,
         "checkpointing": {"policy": "full" if blocks else "none", "blocks": blocks, "of": of},
         "precision": precision,
-        "engine": {"name": engine, "reshard_after_forward": reshard if engine == "fsdp2" else None},
+        "engine": {"name": engine, "reshard_after_forward": reshard if engine in ("fsdp2", "amsp") else None},
     }
     return Decision.model_validate(fields | changes)
 
@@ -89,7 +95,7 @@ def plan_for(chosen: Decision, on: ClusterSpec, **job: Any) -> Plan:
             },
             "decision": chosen,
             "prediction": PREDICTION,
-            "search": {"considered": 1, "feasible": 1, "alternatives": []},
+            "search": {"considered": 1, "measured": 1, "feasible": 1, "alternatives": []},
             "reasons": [],
             "assumptions": [],
         }

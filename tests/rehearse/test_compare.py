@@ -70,6 +70,16 @@ def test_groups_follow_the_mesh(axis: str, rank: int, ranks: tuple[int, ...]) ->
     assert group_ranks(HSDP, axis, rank) == ranks
 
 
+def test_neighbours_on_an_axis_are_a_group_of_their_own() -> None:
+    mesh = decision(("dp_replicate", 2), ("dp_shard", 4)).mesh
+    assert [group_ranks(mesh, "dp_shard", rank, 2) for rank in (0, 3, 5, 6)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    pairs = [{("all_gather", group_ranks(mesh, "dp_shard", rank, 2), 64): 1} for rank in range(8)]
+    predicted = [call("all_gather", "dp_shard", 64, 1)]
+    assert verdicts(compare_collectives("run", mesh, predicted, findings(*pairs))) == {
+        "all_gather over dp_shard, 2 of it": True
+    }
+
+
 def call(kind: str, axis: str, size: int, count: int) -> Collective:
     purpose = {"all_gather": "parameters", "reduce_scatter": "gradients"}.get(kind, "metrics")
     fields = {"kind": kind, "axis": axis, "group_size": 2, "bytes": size, "count": count, "purpose": purpose}

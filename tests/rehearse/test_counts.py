@@ -17,8 +17,8 @@ from shardwright.backends.emission import Emission, write
 from shardwright.backends.pytorch import emit
 from shardwright.passes import profile_model
 from shardwright.planner import DDP_BUCKET_CAP_MIB, at_rest_bytes, evaluate, make_plan, step_collectives
+from shardwright.planner.at_rest import State
 from shardwright.planner.groups import Groups
-from shardwright.planner.sharding import State
 from shardwright.planner.space import point_of
 from shardwright.rehearse.compare import Outcome
 from shardwright.rehearse.compare_layout import compare_at_rest, compare_collectives
@@ -101,6 +101,9 @@ SGD = "train.optimizer={name: sgd, lr: 0.01, momentum: 0.0, weight_decay: 0.01}"
 MOMENTUM = "train.optimizer={name: sgd, lr: 0.01, momentum: 0.9, clip_grad_norm: 1.0}"
 TIED = "model.args={tied: true}"
 FROZEN = "model.args={frozen: true}"
+GROUPS = "train.optimizer.groups=[{match: '*.down.*', lr_scale: 0.5, weight_decay: 0.0}]"
+AVERAGE = "train.ema=0.9"
+LOSSY = "quality=lossy"
 MODULES = "model.init=modules"
 
 
@@ -140,6 +143,14 @@ def fsdp2(
     return Layout(overrides=(*pins, *states, *job), edited=edited)
 
 
+def amsp(degrees: tuple[int, int, int], precision: str, *job: str, second: int | None = None, **pins: Any) -> Layout:
+    """`degrees`: of parameters, gradients and optimizer states; three micro-batches a step."""
+    names = ("states.parameters", "states.gradients", "states.optimizer_states", "states.secondary")
+    states = dict(zip(names, (*degrees, second or "none"), strict=True))
+    strategy = {"checkpointing": "none", "reshard_after_forward": "true", **states, **pins}
+    return Layout(overrides=(*_pins(engine="amsp", precision=precision, micro_batch=1, **strategy), *job))
+
+
 def _pins(**strategy: Any) -> list[str]:
     return [f"strategy.{key}={value}" for key, value in strategy.items()]
 
@@ -169,6 +180,17 @@ LAYOUTS = {
     "hsdp in bf16, accumulation, sgd": fsdp2(2, BF16, SGD, accumulation=3),
     "replicated in bf16": fsdp2(1, BF16, accumulation=1),
     "replicated in bf16, kept, accumulation, tied": fsdp2(1, BF16, TIED, accumulation=3, kept=True),
+    "second copy": Layout(overrides=(*fsdp2(4, BF16, accumulation=3).overrides, "strategy.states.secondary=2")),
+    "amsp 1 4 4": amsp((1, 4, 4), "fp32", FROZEN),
+    "amsp 1 1 4 in bf16, groups": amsp((1, 1, 4), BF16, GROUPS, AVERAGE),
+    "amsp 2 1 4, kept, checkpointed, tied": amsp(
+        (2, 1, 4), "fp32", TIED, reshard_after_forward="false", checkpointing=2
+    ),
+    "amsp 2 2 2 in bf16, frozen, momentum": amsp((2, 2, 2), BF16, FROZEN, MOMENTUM, MODULES),
+    "amsp 4 2 4 in bf16, second copy": amsp((4, 2, 4), BF16, MODULES, second=2),
+    "amsp 4 4 4 in fewer bits": amsp(
+        *((4, 4, 4), "fp32", LOSSY), second=2, int8_gathers="node", int4_reductions="node"
+    ),
     "edited by hand": fsdp2(
         *(4, BF16),
         accumulation=3,
@@ -240,8 +262,7 @@ def expect(plan: Plan, profile: ModelProfile, cap_bytes: int | None, findings: l
     if cap_bytes is not None:
         collectives = step_collectives(point_of(plan.decision), Groups(profile), cap_bytes)
         assert len(collectives) > len(plan.prediction.collectives)
-    optimizer = plan.job.train.optimizer
-    at_rest = [at_rest_bytes(plan.decision, profile.parameters, optimizer, rank) for rank in range(WORLD)]
+    at_rest = [at_rest_bytes(plan.decision, Groups(profile), plan.job.train, rank) for rank in range(WORLD)]
     return Counted(plan=plan, at_rest=at_rest, collectives=collectives, findings=findings)
 
 

@@ -36,8 +36,14 @@ train:
   sequence_length: 128
   global_batch: 64
   steps: 100
-  optimizer: {name: adamw, lr: 3e-3, clip_grad_norm: 1.0}
+  optimizer:
+    name: adamw
+    lr: 3e-3
+    clip_grad_norm: 1.0
+    groups: [{match: "blocks.5.*", lr_scale: 0.5}, {match: ["blocks.4.*", "blocks.1.*"], lr_scale: 2}]
+  ema: 0.9
 cluster: {devices: 8 x cpu}
+quality: lossy
 """
 
 
@@ -56,6 +62,15 @@ def failed(report: RehearsalReport) -> list[str]:
 
 
 WHOLE_GRADIENTS = ("engine=fsdp2", "precision=fp32", "states.parameters=8", "states.gradients=1", "micro_batch=2")
+AMSP = ("engine=amsp", "reshard_after_forward=true", "states.optimizer_states=8", "micro_batch=2")
+SECOND_COPY = (
+    *(*AMSP, "states.parameters=4", "states.gradients=2", "states.secondary=2"),
+    *("int8_gathers=node", "int4_reductions=node", "precision=bf16_mixed", "checkpointing=3"),
+)
+INDEPENDENT = (
+    *(*AMSP, "states.parameters=2", "states.gradients=2", "states.secondary=none"),
+    *("int8_gathers=none", "int4_reductions=none", "precision=fp32"),
+)
 HYBRID = ("engine=fsdp2", "precision=bf16_mixed", "states.parameters=4", "states.gradients=4", "micro_batch=2")
 
 
@@ -65,8 +80,9 @@ HYBRID = ("engine=fsdp2", "precision=bf16_mixed", "states.parameters=4", "states
         (("engine=ddp", "precision=fp32", "micro_batch=2"), 4, "dp_replicate", "4"),
         ((*HYBRID, "reshard_after_forward=true", "checkpointing=3"), 8, "dp_shard", "2"),
         ((*WHOLE_GRADIENTS, "reshard_after_forward=false"), 3, "dp_shard", "2"),
+        (SECOND_COPY, 4, "axes", "2 x 2"),
     ],
-    ids=["ddp", "hsdp-bf16-freed-checkpointed", "fsdp2-fp32-kept-whole-gradients"],
+    ids=["ddp", "hsdp-bf16-freed-checkpointed", "fsdp2-fp32-kept-whole-gradients", "amsp-bf16-second-copy-int8-int4"],
 )
 def test_a_plan_holds(tmp_path: Path, overrides: tuple[str, ...], processes: int, axis: str, size: str) -> None:
     plan = plan_of(tmp_path, *overrides)
@@ -136,15 +152,41 @@ FAULTS: dict[str, tuple[Callable[[str], str], set[str]]] = {
 }
 
 
-def test_every_planted_fault_is_found_and_named(tmp_path: Path) -> None:
+AMSP_FAULTS: dict[str, tuple[Callable[[str], str], set[str]]] = {
+    "none": (lambda script: script, set()),
+    "wrong scale": (replaced("scale = 1.0 / ", "scale = WORLD_SIZE / "), NUMBERS),
+    "a lost micro-batch": (replaced("summed * scale", "summed * scale * (micro > 0)"), NUMBERS),
+    "updates that stay where they are": (
+        replaced("states.publish()", "[b.publish() for unit in states.units[1:] for b in unit]"),
+        {"gradient norm of 4 steps", "parameters", "all_gather over dp_2"},
+    ),
+    "gradients at another level": (
+        replaced("GRADIENT_SHARDS = 2", "GRADIENT_SHARDS = 4"),
+        {"reduce_scatter in group [0, 2]"},
+    ),
+    "parameters never freed": (
+        replaced("RESHARD_AFTER_FORWARD = True", "RESHARD_AFTER_FORWARD = False"),
+        {"all_gather over dp_1"},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "faults"),
+    [(WHOLE_GRADIENTS, 2, FAULTS), (INDEPENDENT, 4, AMSP_FAULTS)],
+    ids=["fsdp2", "amsp"],
+)
+def test_every_planted_fault_is_found_and_named(
+    tmp_path: Path, overrides: tuple[str, ...], processes: int, faults: dict[str, Any]
+) -> None:
     """All in one launch: the reference, the plan as it is, and the plan with one fault after the other."""
-    plan = plan_of(tmp_path, *WHOLE_GRADIENTS)
-    small = shrink(plan, tmp_path, processes=2, steps=4)
+    plan = plan_of(tmp_path, *overrides)
+    small = shrink(plan, tmp_path, processes=processes, steps=4)
     profile = profile_small(small, plan.decision, tmp_path)
     chosen = next(one for one in trials(plan) if "sgd" in one.name)
     pair = compile_trial(small, plan, profile, chosen, tmp_path, tmp_path / "compiled")
     launches = [pair.launch_alone]
-    for name, (change, _) in FAULTS.items():
+    for name, (change, _) in faults.items():
         folder = tmp_path / name.replace(" ", "-")
         shutil.copytree(pair.launch.folder, folder)
         script = folder / "train.py"
@@ -152,7 +194,7 @@ def test_every_planted_fault_is_found_and_named(tmp_path: Path) -> None:
         launches.append(replace(pair.launch, folder=str(folder)))
     outcomes = list(run(launches, profile.packages, tmp_path))
     assert not [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    for launch, (name, (_, expected)) in zip(launches[1:], FAULTS.items(), strict=True):
+    for launch, (name, (_, expected)) in zip(launches[1:], faults.items(), strict=True):
         checks = check_pair(chosen, pair.plan, Path(launch.folder), Path(pair.launch_alone.folder), profile)
         found = {check.name for check in checks if not check.passed}
         assert found >= expected, f"{name}: {found}"

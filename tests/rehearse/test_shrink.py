@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from rehearse.samples import cluster, decision, plan_for
-from shardwright.rehearse.shrink import pinned, reference, shrink
+from shardwright.rehearse.shrink import exactly, pinned, reference, shrink
 from shardwright.rehearse.shrink_model import shrink_model
 from shardwright.schemas.diagnostics import InputError
 from shardwright.schemas.job import ModelSpec, OptimizerSpec
+from shardwright.schemas.plan import Communication
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ONE_NODE = cluster(("node", 8))
@@ -117,6 +118,40 @@ def test_gradients_stay_whole_or_sharded(tmp_path: Path, gradients: int, expecte
     assert strategy.states.parameters == strategy.states.optimizer_states == (4,)
     assert strategy.reshard_after_forward == (False,)
     assert (strategy.engine, strategy.precision) == (("fsdp2",), ("bf16_mixed",))
+
+
+def test_amsp_keeps_its_chain_and_its_bits(tmp_path: Path) -> None:
+    on = cluster(("pair", 2), ("node", 4), ("rail", 16))
+    axes = (("dp_4", 2), ("dp_3", 8), ("dp_2", 4), ("dp_1", 2))
+    degrees = {"parameters": 8, "gradients": 1, "optimizer": 64, "secondary": 2}
+    sent = {"int8_gathers": ("dp_2",), "int4_reductions": ("dp_2", "dp_3", "dp_4")}
+    chosen = decision(*axes, engine="amsp", accumulation=4, communication=sent, **degrees)
+    small = shrink(plan_for(chosen, on, quality="lossy"), tmp_path, processes=8, steps=4)
+    assert {change.key: change.after for change in small.changes if change.key.startswith("decision.")} == {
+        "decision.mesh.axes": "2 x 2 x 2",
+        "decision.states.parameters.degree": "4",
+        "decision.states.optimizer_states.degree": "8",
+        "decision.accumulation": "3",
+    }
+    job = pinned(small, chosen, SGD, "fp32", 3)
+    states = job.strategy.states
+    assert (states.parameters, states.gradients, states.optimizer_states) == ((4,), (1,), (8,))
+    assert states.secondary == (2,)
+    assert job.strategy.reshard_after_forward == (True,)
+    planned = decision(("dp_2", 4), ("dp_1", 2), engine="amsp", of=3, accumulation=3, parameters=4, optimizer=8)
+    as_it_is = exactly(small, chosen, planned, fewer_bits=True)
+    assert [(axis.name, axis.size) for axis in as_it_is.mesh.axes] == [("dp_3", 2), ("dp_2", 2), ("dp_1", 2)]
+    assert as_it_is.communication.int8_gathers == ("dp_2",)
+    assert as_it_is.communication.int4_reductions == ("dp_2", "dp_3")
+    exact = exactly(small, chosen, planned, fewer_bits=False)
+    assert (exact.mesh, exact.communication) == (as_it_is.mesh, Communication())
+
+
+def test_a_second_copy_goes_where_there_is_no_room_for_it(tmp_path: Path) -> None:
+    chosen = decision(("dp_shard", 8), secondary=4)
+    for processes, expected in ((8, (2,)), (2, ("none",))):
+        small = shrink(plan_for(chosen, ONE_NODE), tmp_path, processes=processes, steps=4)
+        assert pinned(small, chosen, SGD, "fp32", 3).strategy.states.secondary == expected
 
 
 def test_the_reference_is_one_process_on_the_same_batch(tmp_path: Path) -> None:

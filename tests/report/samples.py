@@ -162,7 +162,7 @@ PLAN = Plan.model_validate(
                 },
             ],
         },
-        "search": {"considered": 1204, "feasible": 310, "alternatives": [TWO_AT_A_TIME, KEPT]},
+        "search": {"considered": 1204, "measured": 400, "feasible": 310, "alternatives": [TWO_AT_A_TIME, KEPT]},
         "reasons": [
             {
                 "key": "decision.states.parameters",
@@ -191,6 +191,32 @@ PLAN = Plan.model_validate(
         ],
     }
 )
+
+AMSP = PLAN.model_copy(
+    update={
+        "name": "AMSP 8/1/64 of 512 (hpZ 2, int8 gathers, int4 reductions), bf16",
+        "decision": decision(
+            mesh={
+                "world_size": 512,
+                "axes": [
+                    {"name": "dp_4", "size": 8, "levels": ["rail"]},
+                    {"name": "dp_3", "size": 8, "levels": ["rail"]},
+                    {"name": "dp_2", "size": 4, "levels": ["node"]},
+                    {"name": "dp_1", "size": 2, "levels": ["node"]},
+                ],
+            },
+            states={
+                "parameters": {"degree": 8, "levels": ["node"]},
+                "gradients": {"degree": 1, "levels": []},
+                "optimizer_states": {"degree": 64, "levels": ["node", "rail"]},
+                "secondary": {"degree": 2, "levels": ["node"]},
+            },
+            communication={"int8_gathers": ["dp_2"], "int4_reductions": ["dp_2", "dp_3"]},
+            engine={"name": "amsp", "reshard_after_forward": True},
+        ),
+    }
+)
+"""Each state at a degree of its own; all else as in `PLAN`."""
 
 INFEASIBLE = Infeasible(
     needed_bytes=77 * GIB,

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from report import samples
 from shardwright import report
+from shardwright.report.states import draw_states
 from shardwright.schemas import catalogue
 
 KEPT = Path(__file__).parent / "drawings"
@@ -27,6 +28,7 @@ DRAWINGS: dict[str, Callable[[], RenderableType]] = {
     "operators": lambda: report.draw_operators(samples.PROFILE, 2, "fp32"),
     "plan": lambda: report.draw_plan(samples.PLAN),
     "inspection": lambda: report.draw_inspection(samples.PLAN),
+    "amsp": lambda: Group(report.draw_summary(samples.AMSP), draw_states(samples.AMSP)),
     "why": lambda: report.draw_why(samples.PLAN, "micro_batch"),
     "infeasible": lambda: report.draw_infeasible(samples.INFEASIBLE),
     "emission": lambda: report.draw_emission(samples.PLAN, "run", {"train.py": "a\nb\n", "plan.json": "{}\n"}),

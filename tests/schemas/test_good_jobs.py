@@ -48,6 +48,21 @@ def test_defaults_are_the_keys_that_nobody_wrote(folder: Path) -> None:
     assert not [key for key in defaults if key.startswith("cluster")]
 
 
+def test_parameter_groups(folder: Path) -> None:
+    loaded = load_job(folder / "parameter-groups.yaml")
+    optimizer = loaded.job.train.optimizer
+    assert optimizer.no_decay == ("*.bias", "embed*")
+    assert [(each.match, each.lr_scale, each.weight_decay) for each in optimizer.groups] == [
+        (("head.*",), 0.5, None),
+        (("blocks.0.*", "blocks.1.*"), 2.0, 0.0),
+    ]
+    assert [key for key in loaded.defaults if "groups" in key] == ["train.optimizer.groups.0.weight_decay"]
+    assert load_job(folder / "laptop.yaml", ["train.optimizer.no_decay=embed*"]).job.train.optimizer.no_decay == (
+        "embed*",
+    )
+    assert load_job(folder / "laptop.yaml", ["train.optimizer.no_decay=auto"]).job.train.optimizer.no_decay == "auto"
+
+
 def test_an_explicit_default_is_written(folder: Path) -> None:
     defaults = load_job(folder / "laptop.yaml", ["train.seed=0", "strategy.states.gradients=auto"]).defaults
     assert "train.seed" not in defaults

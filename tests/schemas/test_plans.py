@@ -56,7 +56,7 @@ def plan_path(workspace: Path) -> Path:
             "mfu_formula": "model FLOPs / (time x peak)", "model_flops_per_step": 1e9, "memory": MEMORY,
             "collectives": [],
         },
-        "search": {"considered": 1, "feasible": 1, "alternatives": []},
+        "search": {"considered": 1, "measured": 1, "feasible": 1, "alternatives": []},
         "reasons": [],
         "assumptions": [],
     }  # fmt: skip

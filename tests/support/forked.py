@@ -1,9 +1,9 @@
-"""Several launches of `worker.py` one after another, each of its processes a fork of this one: what takes time to
-import, transformers above all, is imported once.
+"""Several launches of a program beside this file one after another, each of its processes a fork of this one: what
+takes time to import, transformers above all, is imported once.
 
-Started with the path of a JSON list of launches: `world`, `port` to meet at, and `runs` as `worker.py` takes them. The
-exit codes of each launch's processes go to stdout, a JSON list a line; what they print goes to `log-WORLD-RANK.txt`
-beside the list.
+Started with the path of a JSON object: the `program`, `modules` to import besides, and the `launches`: `world`, `port`
+to meet at, and `runs` as the program takes them. The exit codes of each launch's processes go to stdout, a JSON list a
+line; what they print goes to `log-WORLD-RANK.txt` beside the list.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-import worker
 
 SLOW_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
 """What torch itself would import in every process: the first when an optimizer is made."""
@@ -31,15 +30,16 @@ def main() -> None:
     content = json.loads(listed.read_text())
     for module in (*SLOW_IMPORTS, *content["modules"]):
         importlib.import_module(module)
+    program = importlib.import_module(content["program"])
     for number, launch in enumerate(content["launches"]):
         spec = listed.with_name(f"runs-{number}.json")
         spec.write_text(json.dumps(launch["runs"]))
-        print(json.dumps(run(launch, spec)), flush=True)
+        print(json.dumps(run(program, launch, spec)), flush=True)
 
 
-def run(launch: dict[str, Any], spec: Path) -> list[int]:
+def run(program: ModuleType, launch: dict[str, Any], spec: Path) -> list[int]:
     """Start the processes of a launch and wait for them; once one has failed, the others are ended."""
-    children = [fork(launch, rank, spec) for rank in range(launch["world"])]
+    children = [fork(program, launch, rank, spec) for rank in range(launch["world"])]
     codes = dict.fromkeys(children, 0)
     for _ in children:
         child, status = os.wait()
@@ -51,7 +51,7 @@ def run(launch: dict[str, Any], spec: Path) -> list[int]:
     return list(codes.values())
 
 
-def fork(launch: dict[str, Any], rank: int, spec: Path) -> int:
+def fork(program: ModuleType, launch: dict[str, Any], rank: int, spec: Path) -> int:
     """A process of a launch; returns its id."""
     child = os.fork()
     if child:
@@ -62,10 +62,10 @@ def fork(launch: dict[str, Any], rank: int, spec: Path) -> int:
     os.dup2(log, 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(launch["world"])}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch["port"])}
-    sys.argv = ["worker.py", str(spec)]
+    sys.argv = [program.__name__, str(spec)]
     code = 1
     try:
-        worker.main()
+        program.main()
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -25,6 +25,15 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 
+GROUPS = {
+    "lr": 1e-2,
+    "no_decay": ["embed*", "positions.*"],
+    "groups": [
+        {"match": ["head.*", "norm.*"], "lr_scale": 0.5, "weight_decay": 0.0},
+        {"match": "blocks.0.*", "weight_decay": 0.3},
+    ],
+}
+
 REASONS = (
     Reason(
         key="mesh", value="dp_shard 8", because="One copy of the states over 8 devices. The runner-up is 4 % slower."
@@ -111,6 +120,74 @@ def golden_plans() -> dict[str, Plan]:
             recomputed=3,
             train=train(optimizer=sgd),
             cluster={"levels": LEVELS},
+        ),
+        "fsdp2-groups-average": make_plan(
+            world=2,
+            shard=2,
+            engine="fsdp2",
+            train=train(optimizer=GROUPS, ema=0.999),
+        ),
+        "fsdp2-hpz": make_plan(
+            world=16,
+            shard=16,
+            secondary=8,
+            engine="fsdp2",
+            kind="cuda",
+            precision="bf16_mixed",
+            accumulation=3,
+            train=train(),
+            cluster={"levels": LEVELS},
+        ),
+        "amsp-llama-bf16": make_plan(
+            world=16,
+            engine="amsp",
+            kind="cuda",
+            axes=(2, 4, 2),
+            shard=2,
+            gradients=8,
+            optimizer=16,
+            accumulation=3,
+            precision="bf16_mixed",
+            recomputed=5,
+            init="modules",
+            blocks=tuple(f"model.layers.{index}" for index in range(32)),
+            sources=(),
+            packages=("transformers",),
+            model={"factory": None, "args": {}, "hf": LLAMA},
+            train=train(save_every="1h"),
+            cluster={"levels": LEVELS},
+        ),
+        "amsp-zero-2-sgd": make_plan(
+            world=4,
+            engine="amsp",
+            axes=(2, 2),
+            optimizer=4,
+            accumulation=2,
+            recomputed=3,
+            train=train(optimizer=sgd, schedule=linear),
+        ),
+        "amsp-hpz-groups-average": make_plan(
+            world=16,
+            engine="amsp",
+            kind="cuda",
+            axes=(8, 2),
+            shard=16,
+            secondary=8,
+            int8=("dp_2",),
+            int4=("dp_1", "dp_2"),
+            data={"validation": {"files": ["held-out.txt"]}},
+            train=train(optimizer=GROUPS, ema=0.999, evaluate_every=50),
+            cluster={"levels": LEVELS},
+        ),
+        "amsp-loaded-kept": make_plan(
+            world=4,
+            engine="amsp",
+            axes=(2, 2),
+            shard=2,
+            optimizer=4,
+            reshard=False,
+            init="modules",
+            model={"weights": "/mnt/weights"},
         ),
         "bf16-one-device": make_plan(engine="fsdp2", precision="bf16_mixed", accumulation=2, gradients=1),
         "llama-fsdp2": make_plan(

@@ -78,13 +78,17 @@ def run_all(
 
 
 def run_forked(
-    launches: Sequence[tuple[int, Sequence[dict[str, Any]]]], folder: Path, modules: Sequence[str], timeout: float = 240
+    launches: Sequence[tuple[int, Sequence[dict[str, Any]]]],
+    folder: Path,
+    modules: Sequence[str],
+    timeout: float = 240,
+    program: str = "worker",
 ) -> list[list[int]]:
     """As `run_all`, for several (processes, runs) one after another that import `modules`; the exit codes of each."""
     ports = free_ports(len(launches))
     listed = [{"world": world, "runs": runs, "port": port} for (world, runs), port in zip(launches, ports, strict=True)]
     spec = folder / "launches.json"
-    spec.write_text(json.dumps({"modules": modules, "launches": listed}))
+    spec.write_text(json.dumps({"program": program, "modules": modules, "launches": listed}))
     command = [sys.executable, str(SUPPORT / "forked.py"), str(spec)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

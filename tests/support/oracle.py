@@ -36,12 +36,15 @@ VERIFIED = "2.13"
 """The version of torch on which the private names below were read and run."""
 
 try:
+    import torch.distributed.fsdp._fully_shard._fully_shard as fully_sharding
     import torch.distributed.tensor._sharding_prop as sharding_propagation
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
     from torch.distributed.fsdp import FSDPModule
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     _dtensor_fake_mode = sharding_propagation.detect_fake_mode
+    _second_mesh = fully_sharding._get_post_forward_mesh_info
     for _name in (
         "_fsdp_state_pre_forward",
         "_fsdp_state_post_forward",
@@ -98,9 +101,10 @@ def track(plan: Plan, folder: Path) -> dict[str, Tracked]:
     decision = plan.decision
     mode = fake_mode()
     with ExitStack() as stack:
-        script = stack.enter_context(_script(folder))
-        stack.enter_context(_fake_process_group(decision.mesh.world_size))
+        script = stack.enter_context(emitted_script(folder))
+        stack.enter_context(fake_process_group(decision.mesh.world_size))
         stack.enter_context(_dtensor_fakes_apart())
+        stack.enter_context(_meshes_apart())
         sizes = tuple(axis.size for axis in decision.mesh.axes)
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=tuple(axis.name for axis in decision.mesh.axes))
         stack.enter_context(kernels_of(plan.job.cluster.device.kind, []))
@@ -112,15 +116,15 @@ def track(plan: Plan, folder: Path) -> dict[str, Tracked]:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        batches = [_batch(plan) for _ in range(decision.accumulation)]
-        tracker = PhaseTracker(model, optimizer, plan.model.block_paths)
+        batches = [empty_batch(plan) for _ in range(decision.accumulation)]
+        tracker = PhaseTracker(model, optimizer, plan.model.block_paths, second=decision.states.secondary is not None)
         tracker.track_inputs(tuple(batches))
         with tracker:
             _step(script, plan, model, optimizer, batches, tracker)
     return tracker.phases
 
 
-def _batch(plan: Plan) -> dict[str, Tensor]:
+def empty_batch(plan: Plan) -> dict[str, Tensor]:
     shape = (plan.decision.micro_batch, plan.job.train.sequence_length)
     return {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "targets")}
 
@@ -155,8 +159,11 @@ def _step(
 class PhaseTracker(FSDPMemTracker):
     """The tracker, asked for the worst moment of each phase of the planner instead of one for each module."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, block_paths: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, block_paths: tuple[str, ...], *, second: bool
+    ) -> None:
         super().__init__(model, optimizer)
+        self._second = second
         self.phases: dict[str, Tracked] = {}
         self._now, self._block = "embedding forward", -1
         self._model = model
@@ -204,7 +211,7 @@ class PhaseTracker(FSDPMemTracker):
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 group = module._get_fsdp_state()._fsdp_param_group
-                for name in ("unshard", "wait_for_unshard"):
+                for name in ("unshard", "wait_for_unshard", "reshard"):
                     setattr(group, name, self._counting_as(_FSDPRefType.UNSHARDED_PARAM, getattr(group, name)))
                 group.post_backward = self._counting_as(_FSDPRefType.REDUCE_SCATTER, group.post_backward)
         super()._instrument_fsdp_module()
@@ -229,6 +236,8 @@ class PhaseTracker(FSDPMemTracker):
         last = len(self._blocks) - 1
 
         def post_forward(*args: Any, **kwargs: Any) -> Any:
+            if self._second and self._index(fsdp_mod) >= 0 and not self._mod_tracker.is_bw:
+                self.enter("second copy", self._index(fsdp_mod))
             result = hook(*args, **kwargs)
             if self._index(fsdp_mod) == last and not self._mod_tracker.is_bw:
                 self.enter("head and loss")
@@ -291,7 +300,7 @@ class PhaseTracker(FSDPMemTracker):
 
 
 @contextmanager
-def _fake_process_group(world: int) -> Iterator[None]:
+def fake_process_group(world: int) -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
@@ -309,7 +318,22 @@ def _dtensor_fakes_apart() -> Iterator[None]:
 
 
 @contextmanager
-def _script(folder: Path) -> Iterator[ModuleType]:
+def _meshes_apart() -> Iterator[None]:
+    """The mesh of a second copy, which fully_shard makes itself, is read as numbers."""
+
+    def second_mesh(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return _second_mesh(*args)
+
+    fully_sharding._get_post_forward_mesh_info = second_mesh
+    try:
+        yield
+    finally:
+        fully_sharding._get_post_forward_mesh_info = _second_mesh
+
+
+@contextmanager
+def emitted_script(folder: Path) -> Iterator[ModuleType]:
     """The emitted train.py as a module, its runtime importable, `initialize` without values."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
@@ -338,8 +362,6 @@ def _materialize(model: nn.Module, path: str, *, seed: int, device: torch.device
     """`initialize` of the emitted runtime, without values."""
     runtime = sys.modules["shardwright_runtime.initialize"]
     unit = model.get_submodule(path)
-    runtime._materialize(
-        [module for module in unit.modules() if any(p.is_meta for p in module.parameters(recurse=False))], device
-    )
+    runtime._materialize(model, {parameter for parameter in unit.parameters() if parameter.is_meta}, device)
     for module in unit.modules():
         runtime._move_buffers(module, device)

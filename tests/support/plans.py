@@ -8,6 +8,7 @@ from typing import Any
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import (
     Checkpointing,
+    Communication,
     Decision,
     Engine,
     Memory,
@@ -67,6 +68,11 @@ def make_plan(
     shard: int = 1,
     accumulation: int = 1,
     gradients: int | None = None,
+    optimizer: int | None = None,
+    secondary: int | None = None,
+    axes: tuple[int, ...] = (),
+    int8: tuple[str, ...] = (),
+    int4: tuple[str, ...] = (),
     reshard: bool = True,
     recomputed: int = 0,
     precision: str = "fp32",
@@ -78,13 +84,22 @@ def make_plan(
     reasons: tuple[Reason, ...] = (),
     **job: Any,
 ) -> Plan:
-    """A plan of `world` devices with `shard` of them on dp_shard; the micro-batch follows from the global batch."""
+    """A plan of `world` devices with `shard` of them on dp_shard; the micro-batch follows from the global batch.
+
+    Of amsp, `shard` is the degree of the parameters, and `axes` are the sizes of the mesh's axes, fastest first.
+    """
     spec = JobSpec.model_validate(job_fields(world, kind, **job))
-    sharding = StateSharding(degree=shard, levels=("node",) if shard > 1 else ())
+
+    def sharding(degree: int) -> StateSharding:
+        return StateSharding(degree=degree, levels=("node",) if degree > 1 else ())
+
     replicate = world // shard
-    axes = [MeshAxis(name="dp_replicate", size=replicate, levels=("node",))] if replicate > 1 else []
-    if engine == "fsdp2":
-        axes.append(MeshAxis(name="dp_shard", size=shard, levels=("node",)))
+    if engine == "amsp":
+        named = [(f"dp_{number}", size) for number, size in enumerate(axes, 1)][::-1]
+    else:
+        named = [("dp_replicate", replicate)] if replicate > 1 else []
+        named += [("dp_shard", shard)] if engine == "fsdp2" else []
+    reshards = engine == "fsdp2" or (engine == "amsp" and shard > 1)
     phase = MemoryPhase(name="backward", bytes={"parameters": 1 << 20}, total_bytes=1 << 20)
     stage = StageMemory(
         stage=0, phases=(phase,), peak_phase="backward", peak_allocated_bytes=1 << 20, peak_reserved_bytes=2 << 20
@@ -105,17 +120,22 @@ def make_plan(
             packages=packages,
         ),
         decision=Decision(
-            mesh=Mesh(world_size=world, axes=tuple(axes)),
+            mesh=Mesh(
+                world_size=world,
+                axes=tuple(MeshAxis(name=name, size=size, levels=("node",)) for name, size in named),
+            ),
             states=States(
-                parameters=sharding,
-                gradients=StateSharding(degree=shard if gradients is None else gradients, levels=sharding.levels),
-                optimizer_states=sharding,
+                parameters=sharding(shard),
+                gradients=sharding(gradients or optimizer or shard),
+                optimizer_states=sharding(optimizer or shard),
+                secondary=None if secondary is None else sharding(secondary),
             ),
             micro_batch=spec.train.global_batch_sequences // (world * accumulation),
             accumulation=accumulation,
             checkpointing=Checkpointing(policy="full" if recomputed else "none", blocks=recomputed, of=len(blocks)),
             precision=precision,  # type: ignore[arg-type]
-            engine=Engine(name=engine, reshard_after_forward=reshard if engine == "fsdp2" else None),  # type: ignore[arg-type]
+            communication=Communication(int8_gathers=int8, int4_reductions=int4),
+            engine=Engine(name=engine, reshard_after_forward=reshard if reshards else None),  # type: ignore[arg-type]
         ),
         prediction=Prediction(
             step_time_s=0.0123456,
@@ -133,7 +153,7 @@ def make_plan(
             ),
             collectives=(),
         ),
-        search=Search(considered=1, feasible=1, alternatives=()),
+        search=Search(considered=1, measured=1, feasible=1, alternatives=()),
         reasons=reasons,
         assumptions=(),
     )

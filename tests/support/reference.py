@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwright.backends.pytorch.runtime.data import Batches, byte_files
-from shardwright.schemas.job import JobSpec
+from shardwright.schemas.job import JobSpec, OptimizerSpec
 from support.tiny import build
 
 
 @dataclass
 class Trained:
-    """What a run left: one number a step, and the parameters at its end."""
+    """What a run left: one number a step, and the parameters and their moving averages at its end."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    averages: dict[str, Tensor] = field(default_factory=dict)
+
+
+def one_group(name: str, parameter: nn.Parameter, optim: OptimizerSpec) -> dict[str, Any]:
+    """A parameter's group of one. No name of a tied parameter but its first is looked at."""
+
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    own = [group for group in optim.groups if matches(group.match)][:1]
+    decay = next((group.weight_decay for group in own if group.weight_decay is not None), optim.weight_decay)
+    exempt = parameter.ndim < 2 or (optim.no_decay != "auto" and matches(optim.no_decay))
+    scale = own[0].lr_scale if own else 1.0
+    return {"params": [parameter], "weight_decay": 0.0 if exempt else decay, "scale": scale}
 
 
 def train_plainly(job: JobSpec, folder: Path) -> Trained:
@@ -35,10 +51,7 @@ def train_plainly(job: JobSpec, folder: Path) -> Trained:
     batches = Batches(samples, seed=train.seed, global_batch=size, micro_batch=size)
     torch.manual_seed(train.seed)
     model = build(**job.model.args)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = [one_group(name, parameter, optim) for name, parameter in model.named_parameters()]
     if optim.name == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     else:
@@ -49,7 +62,7 @@ def train_plainly(job: JobSpec, folder: Path) -> Trained:
         progress = (step - warmup) / max(1, train.total_steps - 1 - warmup)
         falling = 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = optim.lr * ((step + 1) / warmup if step < warmup else falling)
+            group["lr"] = group["scale"] * optim.lr * ((step + 1) / warmup if step < warmup else falling)
         batch = batches(step)
         learnt = batch["targets"].flatten() != -100
         logits = model(batch["input_ids"]).flatten(0, 1)[learnt]
@@ -61,6 +74,9 @@ def train_plainly(job: JobSpec, folder: Path) -> Trained:
             if optim.clip_grad_norm is not None and p.grad is not None and norm > optim.clip_grad_norm:
                 p.grad *= optim.clip_grad_norm / float(norm)
         optimizer.step()
+        for name, p in model.named_parameters() if train.ema is not None else ():
+            before = trained.averages.get(name, p.detach())
+            trained.averages[name] = train.ema * before + (1 - train.ema) * p.detach()
         trained.losses.append(loss.item())
         trained.norms.append(float(norm))
         trained.tokens.append(int(learnt.sum()))

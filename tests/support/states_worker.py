@@ -1,15 +1,18 @@
-"""One of several processes that train a small model with `ShardedStates` under many layouts, one after another.
+"""One of several processes that train small models with `ShardedStates` under many layouts, one after another.
 
-Started with the usual variables and the path of a JSON list of runs; each has `name`, `sizes` (of
-the mesh's axes, fastest first), `degrees` (parameters, gradients, optimizer states, second copy or null), `optimizer`,
-`dtype`, `reshard`, `recomputed`, and optionally a `fault`. Writes RANK.json beside that file: of each run the gradient
-norms, the bytes of every state at rest, the collectives of the last step and, from rank 0, the parameters.
+Started with the path of a JSON list of runs; each has `name`, `sizes` (of the mesh's axes, fastest first), `degrees`
+(parameters, gradients, optimizer states, second copy or null), `optimizer`, `dtype`, `reshard`, `recomputed`, `clips`,
+and optionally a `fault`, the `features` of an `Odd` model, `compiled`, `evaluates` (between micro-batches), `driven`
+(by a list of actions in place of hooks), and the axes of `int8_gathers` and `int4_reductions`. Writes LIST-RANK.json
+beside that file: of each run the gradient norms, the bytes of every state at rest, the collectives of the last step,
+errors where fewer bits travel, and, from rank 0, the parameters.
 """
 
 from __future__ import annotations
 
-import functools
+import faulthandler
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -21,81 +24,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from states_errors import errors
+from states_model import (
+    ACCUMULATION,
+    BLOCKS,
+    CLIP,
+    KINDS,
+    OPTIMIZERS,
+    STEPS,
+    WIDTH,
+    batch,
+    build,
+    evaluate,
+    kind_of,
+    loss_of,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.checkpoint import checkpoint
 
 from shardwright.backends.pytorch.runtime.states import Levels, ShardedStates
 
-STEPS, ACCUMULATION, CLIP, WIDTH, VOCABULARY, BLOCKS = 4, 2, 0.5, 16, 50, 3
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-2),
-}
-
-
-class Block(nn.Module):
-    """A residual MLP with several inputs and two outputs; `frozen` is not trained, `seldom` is used by some batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
-        self.frozen = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH), requires_grad=False)
-        self.seldom = nn.Parameter(torch.ones(3))
-
-    def forward(self, x: Tensor, scale: Tensor, uses: bool) -> tuple[Tensor, Tensor]:
-        if uses:
-            x = x * self.seldom.mean()
-        return x + self.down(F.gelu(self.up(self.norm(x)))) * self.frozen * scale, scale
-
-
-class Model(nn.Module):
-    """Embedding and head are tied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, tokens: Tensor, uses: bool) -> Tensor:
-        x, scale = self.embed(tokens), torch.ones(WIDTH)
-        for block in self.blocks:
-            x, scale = block(x, scale, uses)
-        result: Tensor = self.head(self.norm(x))
-        return result
-
-
-def batch(step: int, micro: int, rank: int) -> tuple[Tensor, Tensor, bool]:
-    """Tokens, targets, and whether `seldom` is used: by every other process, in turn."""
-    generator = torch.Generator().manual_seed(step * 1000 + micro * 100 + rank)
-    tokens = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:], (rank + step) % 2 == 0
-
-
-def loss_of(model: nn.Module, step: int, micro: int, rank: int, world: int) -> Tensor:
-    """This process's share of the mean over the global batch."""
-    tokens, targets, uses = batch(step, micro, rank)
-    logits = model(tokens, uses)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) / (ACCUMULATION * world)
-
-
-def build(recomputed: bool) -> Model:
-    """The same weights in every process."""
-    torch.manual_seed(0)
-    model = Model()
-    for block in model.blocks if recomputed else ():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    return model
+LONGEST_S = 200
+"""After so many seconds a process that still waits for another says where, and ends."""
 
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
     """Collectives by kind, size of the group and bytes of the whole tensor."""
     calls: Counter[str] = Counter()
-    kinds = {"all_gather_single": 0, "reduce_scatter_single": 1, "all_reduce": 0}
+    kinds = {"all_gather_single": 0, "reduce_scatter_single": 1, "all_to_all_single": 1, "all_reduce": 0}
     before = {kind: getattr(dist, kind) for kind in kinds}
 
     def wrap(kind: str, at: int) -> Callable[..., Any]:
@@ -128,32 +85,132 @@ def at_rest(states: ShardedStates, optimizer: torch.optim.Optimizer) -> dict[str
     return {
         "parameters": total([bucket.shard for bucket in buckets]),
         "gathered": whole if states.levels.parameters else 0,
-        "master": total(runs) if states.dtype != torch.float32 else 0,
+        "master": total([bucket.master for bucket in buckets]) if states.dtype != torch.float32 else 0,
         "gradients": total([run.grad for run in runs if run.grad is not None]),
         "optimizer_states": total([value for value in values if value.dim()]),
     }
 
 
+ROOT = BLOCKS
+ACTIONS: tuple[tuple[str, int], ...] = (
+    *(("gather", ROOT), ("wait", ROOT), ("embed", ROOT)),
+    *(
+        step
+        for unit in range(BLOCKS)
+        for step in (("gather", unit), ("wait", unit), ("forward", unit), ("release", unit))
+    ),
+    ("loss", ROOT),
+    *(
+        step
+        for unit in reversed(range(BLOCKS))
+        for step in (("gather again", unit), ("wait again", unit), ("backward", unit), ("release", unit))
+        + ((("reduce", unit + 1),) if unit + 1 < BLOCKS else ())
+    ),
+    *(("embed backward", ROOT), ("release", ROOT), ("reduce", 0), ("reduce", ROOT)),
+)
+"""One micro-batch of `Model`, as a pipeline's timetable would have it."""
+
+
+class Actions:
+    """Runs `ACTIONS`: blocks are stages whose inputs are leaves, and no module has hooks."""
+
+    def __init__(self, model: Any, states: ShardedStates) -> None:
+        self.model, self.states = model, states
+        for block in model.blocks:
+            states.take(block.parameters())
+        states.take(model.parameters())
+
+    def micro_batch(self, step: int, micro: int, rank: int, world: int, *, last: bool) -> None:
+        """Forward, backward and reductions."""
+        states, model = self.states, self.model
+        tokens, targets, uses = batch(step, micro, rank)
+        inputs: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+        x = scale = torch.ones(WIDTH)
+        for action, unit in ACTIONS:
+            match action:
+                case "gather" | "gather again":
+                    states.gather(unit, again=action == "gather again")
+                case "wait" | "wait again":
+                    states.wait(unit, again=action == "wait again")
+                case "release":
+                    states.release(unit, secondary=unit in outputs and inputs[unit].grad is None)
+                case "reduce":
+                    states.reduce(unit, last=last)
+                case "embed":
+                    outputs[unit] = x = model.embed(tokens)
+                case "forward":
+                    inputs[unit] = x.detach().requires_grad_()
+                    outputs[unit], _ = x, _ = model.blocks[unit](inputs[unit], scale, uses)
+                case "loss":
+                    inputs[unit] = x.detach().requires_grad_()
+                    logits = model.head(model.norm(inputs[unit]))
+                    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) / (ACCUMULATION * world)
+                    torch.autograd.backward(loss)
+                case "backward":
+                    torch.autograd.backward(outputs[unit], inputs[unit + 1].grad)
+                case "embed backward":
+                    torch.autograd.backward(outputs[unit], inputs[0].grad)
+        if last:
+            states.finish()
+
+
+class Hooked:
+    """Trains with the hooks of `ShardedStates`."""
+
+    def __init__(self, model: Any, states: ShardedStates, run: dict[str, Any]) -> None:
+        self.model, self.states, self.fault = model, states, run.get("fault")
+        for block in model.blocks:
+            states.shard(block)
+        states.shard(model, root=True)
+
+    def micro_batch(self, step: int, micro: int, rank: int, world: int, *, last: bool) -> None:
+        """Forward, backward and reductions."""
+        loss = loss_of(self.model, step, micro, rank, world) * (2.0 if self.fault == "scale" else 1.0)
+        if self.fault == "lost micro-batch" and micro == 0 and rank == 0:
+            loss = loss * 0.0
+        self.states.backward(loss, last=last)
+
+
+@contextmanager
+def reduced_over_the_wrong_groups(levels: Levels, active: bool) -> Iterator[None]:
+    """Every reduce-scatter takes another axis' group."""
+    before = dist.reduce_scatter_single
+
+    def wrong(*args: Any, group: Any, **kwargs: Any) -> Any:
+        return before(*args, group=levels.groups[1 - levels.groups.index(group)], **kwargs)
+
+    if active:
+        dist.reduce_scatter_single = wrong
+    try:
+        yield
+    finally:
+        dist.reduce_scatter_single = before
+
+
+def levels_of(run: dict[str, Any], mesh: Any) -> Levels:
+    """The levels of a run."""
+    p, g, o, second = run["degrees"]
+    narrow = {key: run.get(key, ()) for key in ("int8_gathers", "int4_reductions")}
+    return Levels(mesh, parameters=p, gradients=g, optimizer_states=o, secondary=second, **narrow)
+
+
 def train(run: dict[str, Any], mesh: Any) -> dict[str, Any]:
     """Trains under one layout."""
     rank, world, fault = dist.get_rank(), dist.get_world_size(), run.get("fault")
-    model = build(run["recomputed"])
-    p, g, o, second = run["degrees"]
-    levels = Levels(mesh, parameters=p, gradients=g, optimizer_states=o, secondary=second)
-    states = ShardedStates(levels, getattr(torch, run["dtype"]), reshard_after_forward=run["reshard"])
-    for block in model.blocks:
-        states.shard(block)
-    states.shard(model, root=True)
-    optimizer = OPTIMIZERS[run["optimizer"]](states.parameter_groups(0.1))
+    model = build(run["recomputed"], run.get("features"), run.get("compiled", False))
+    levels = levels_of(run, mesh)
+    states = ShardedStates(levels, getattr(torch, run["dtype"]), reshard_after_forward=run["reshard"], kind_of=kind_of)
+    driver: Any = Actions(model, states) if run.get("driven") else Hooked(model, states, run)
+    optimizer = OPTIMIZERS[run["optimizer"]](states.parameter_groups(KINDS))
     norms, sizes = [], {}
-    with counted() as calls:
+    with counted() as calls, reduced_over_the_wrong_groups(levels, fault == "wrong group"):
         for step in range(STEPS):
             calls.clear()
             for micro in range(ACCUMULATION):
-                loss = loss_of(model, step, micro, rank, world) * (2.0 if fault == "scale" else 1.0)
-                if fault == "lost micro-batch" and micro == 0 and rank == 0:
-                    loss = loss * 0.0
-                states.backward(loss, last=micro == ACCUMULATION - 1)
+                driver.micro_batch(step, micro, rank, world, last=micro == ACCUMULATION - 1)
+                if run.get("evaluates"):
+                    evaluate(model)
             norm = states.gradient_norm()
             norms.append(float(norm))
             if run["clips"]:
@@ -161,36 +218,54 @@ def train(run: dict[str, Any], mesh: Any) -> dict[str, Any]:
             optimizer.step()
             sizes = at_rest(states, optimizer)
             if fault == "stale bucket" and step == 1:
-                stale, publish = states.units[1][0], states.units[1][0].publish
-                stale.publish = lambda: None  # type: ignore[method-assign]
+                states.units[1][0].publish = lambda: None  # type: ignore[method-assign]
             states.publish()
-            if fault == "stale bucket" and step == 1:
-                stale.publish = publish  # type: ignore[method-assign]
-    with torch.no_grad():
-        evaluated = float(loss_of(model, 99, 0, 0, 1))
+    evaluated = evaluate(model) if not run.get("driven") else 0.0
     with states.gathered():
         parameters = {name: value.detach().double().flatten().tolist() for name, value in model.named_parameters()}
     result = {"norms": norms, "at_rest": sizes, "calls": dict(calls), "evaluated": evaluated}
     return result | {"parameters": parameters if rank == 0 else {}}
 
 
+def train_three_numbers(mesh: Any) -> list[float]:
+    """One step of a model so small that most processes have no part of it."""
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.arange(3.0))
+    model.forward = lambda: model.scale.square().sum()  # type: ignore[method-assign]
+    degree = dist.get_world_size()
+    states = ShardedStates(
+        Levels(mesh, parameters=degree, gradients=degree, optimizer_states=degree), torch.float32, kind_of=lambda _: 0
+    )
+    states.shard(model, root=True)
+    optimizer = torch.optim.AdamW(states.parameter_groups([{"weight_decay": 0.0, "lr": 1.0}]))
+    states.backward(model(), last=True)
+    norm = states.gradient_norm()
+    torch.nn.utils.clip_grads_with_norm_(states.parameters(), 1.0, norm)
+    optimizer.step()
+    states.publish()
+    with states.gathered():
+        values: list[float] = model.scale.detach().tolist()
+    return [float(norm), *values]
+
+
 def main() -> None:
+    signal.alarm(0)
+    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    runs = json.loads(Path(sys.argv[1]).read_text())
+    spec = Path(sys.argv[1])
     meshes: dict[tuple[int, ...], Any] = {}
-    results = {}
-    for run in runs:
+    results: dict[str, Any] = {}
+    for run in json.loads(spec.read_text()):
         sizes = tuple(run["sizes"])
         if sizes not in meshes:
             names = tuple(f"dp_{index}" for index in range(len(sizes), 0, -1))
             meshes[sizes] = init_device_mesh("cpu", tuple(reversed(sizes)), mesh_dim_names=names)
         results[run["name"]] = train(run, meshes[sizes])
-    Path(sys.argv[1]).with_name(f"{dist.get_rank()}.json").write_text(json.dumps(results))
+        if run.get("int8_gathers") or run.get("int4_reductions"):
+            results[run["name"]] |= errors(levels_of(run, meshes[sizes]))
+    results["three numbers"] = train_three_numbers(next(iter(meshes.values())))
+    spec.with_name(f"{spec.stem}-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
     time.sleep(0.2)
-
-
-if __name__ == "__main__":
-    main()

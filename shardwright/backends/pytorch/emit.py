@@ -14,7 +14,7 @@ from shardwright.backends.emission import Emission
 from shardwright.backends.pytorch.engines import ENGINES, micro_batch_flags
 from shardwright.backends.pytorch.headline import closing_lines, headline, launch_lines, plan_lines
 from shardwright.backends.pytorch.imports import KNOWN, Import, imports_for
-from shardwright.backends.pytorch.recipes import OPTIMIZER_CONSTANTS, PRECISION_POLICIES
+from shardwright.backends.pytorch.recipes import COMPUTE_DTYPES, OPTIMIZER_CONSTANTS, PRECISION_POLICIES, recipe_context
 from shardwright.backends.pytorch.sources import RUNTIME, architecture, local_files, model_config, runtime_files
 from shardwright.backends.pytorch.starting_weights import export_context, weights_context
 from shardwright.backends.pytorch.text import (
@@ -27,7 +27,7 @@ from shardwright.backends.pytorch.text import (
 from shardwright.planner.engines import ENGINES as ENGINE_TRAITS
 from shardwright.planner.optimizers import OPTIMIZERS as OPTIMIZER_TRAITS
 from shardwright.schemas.diagnostics import Diagnostic, InputError
-from shardwright.schemas.plan import Plan, json_fields
+from shardwright.schemas.plan import Decision, Plan, json_fields
 
 _PARTS = ("parse_args", "build", "optimizer", "lr_schedule", "summed_loss", "evaluate", "train", "main")
 
@@ -172,6 +172,7 @@ def _context(
         "nodes": nodes,
         "per_node": world // nodes,
         "grouped": engine.grouped,
+        "flat": ENGINE_TRAITS[decision.engine.name].flat,
         "init": plan.model.init,
         "initializes": initializes,
         "hugging_face": job.model.hf is not None,
@@ -190,6 +191,7 @@ def _context(
         "implementation": "fused" if fused else "foreach",
         "micro_batch_flags": micro_batch_flags(decision),
         "policy": policy,
+        "compute_dtype": COMPUTE_DTYPES[decision.precision],
         "mp_policy": "" if policy is None else ", mp_policy=precision",
         "batch_on_device": "to_device(batch, device)" if job.cluster.device.kind == "cuda" else "batch",
         "forward_arguments": _forward_arguments(plan),
@@ -202,6 +204,7 @@ def _context(
         "launch_lines": launch_lines(plan, nodes, engine.grouped),
         "plan_lines": plan_lines(plan),
         "closing_lines": closing_lines(plan, plan.model.local_sources),
+        **recipe_context(train),
         **_data(plan, job_folder, out),
         **weights_context(plan, job_folder, out),
     }
@@ -258,8 +261,7 @@ def _plan_constants(plan: Plan, needs_blocks: bool, checkpoints_some: bool) -> s
     if decision.accumulation > 1:
         accumulation = assignment("ACCUMULATION", decision.accumulation, "micro-batches of one step on one device")
     if decision.engine.reshard_after_forward is not None and plan.model.block_paths:
-        comment = "whether a block's gathered parameters are freed between its forward and its backward"
-        reshard = assignment("RESHARD_AFTER_FORWARD", decision.engine.reshard_after_forward, comment)
+        reshard = _reshard(decision)
     if needs_blocks and plan.model.block_paths:
         blocks = _blocks(plan.model.block_paths)
     if checkpoints_some:
@@ -267,7 +269,7 @@ def _plan_constants(plan: Plan, needs_blocks: bool, checkpoints_some: bool) -> s
         blocks += "\n" + assignment("CHECKPOINTED_BLOCKS", decision.checkpointing.blocks, comment)
     sections = {
         ("mesh",): assignment("WORLD_SIZE", decision.mesh.world_size, "processes, one a device"),
-        ("engine.name", "states", "precision"): ENGINES[decision.engine.name].constants(decision),
+        ("engine.name", "states", "communication", "precision"): ENGINES[decision.engine.name].constants(decision),
         ("engine.reshard_after_forward",): reshard,
         ("micro_batch",): assignment("MICRO_BATCH", decision.micro_batch, "samples of one forward on one device"),
         ("accumulation",): accumulation,
@@ -284,6 +286,16 @@ def _plan_constants(plan: Plan, needs_blocks: bool, checkpoints_some: bool) -> s
         line for keys, text in sections.items() for line in ([""] * bool(whys[keys]), whys[keys], [text] * bool(text))
     ]
     return "\n".join(line for group in lines for line in group).lstrip("\n")
+
+
+def _reshard(decision: Decision) -> str:
+    """`RESHARD_AFTER_FORWARD`; of fsdp2 a number where there is a second copy."""
+    freed, secondary = decision.engine.reshard_after_forward, decision.states.secondary
+    if secondary is None or ENGINE_TRAITS[decision.engine.name].flat:
+        comment = "whether a block's gathered parameters are freed between its forward and its backward"
+        return assignment("RESHARD_AFTER_FORWARD", freed, comment)
+    comment = "devices that a block's parameters are spread over between its forward and its backward"
+    return assignment("RESHARD_AFTER_FORWARD", secondary.degree, comment)
 
 
 def _blocks(paths: tuple[str, ...]) -> str:

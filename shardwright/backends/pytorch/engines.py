@@ -52,14 +52,34 @@ def micro_batch_flags(decision: Decision) -> tuple[Flag, ...]:
     return tuple(flags)
 
 
-def _mesh(decision: Decision) -> str:
+def _mesh(decision: Decision, comment: str = "") -> str:
     axes = decision.mesh.axes
     return "\n".join(
         [
-            assignment("MESH_SHAPE", tuple(axis.size for axis in axes)),
+            assignment("MESH_SHAPE", tuple(axis.size for axis in axes), comment),
             assignment("MESH_AXES", tuple(axis.name for axis in axes)),
         ]
     )
+
+
+def _states(decision: Decision) -> str:
+    """The mesh, over how many neighbouring devices one copy of each state is spread, and what travels in fewer bits."""
+    states = decision.states
+    lines = [
+        _mesh(decision, "slowest first; each number of shards is a product of the last ones"),
+        assignment("PARAMETER_SHARDS", states.parameters.degree, "devices that share one copy of the parameters"),
+        assignment("GRADIENT_SHARDS", states.gradients.degree, "of the gradients, from one micro-batch to the next"),
+        assignment("OPTIMIZER_SHARDS", states.optimizer_states.degree, "of the optimizer's states and its fp32 values"),
+    ]
+    if states.secondary is not None:
+        comment = "of a second copy of a block's parameters, which its backward gathers instead"
+        lines.append(assignment("SECONDARY_SHARDS", states.secondary.degree, comment))
+    gathers, reductions = decision.communication.int8_gathers, decision.communication.int4_reductions
+    if gathers:
+        lines.append(assignment("INT8_GATHERS", gathers, "axes that parameters are gathered over in 8 bits, rounded"))
+    if reductions:
+        lines.append(assignment("INT4_REDUCTIONS", reductions, "axes that gradients are sent over in 4 bits, rounded"))
+    return "\n".join(lines)
 
 
 def _bucket(decision: Decision) -> str:
@@ -71,5 +91,6 @@ ENGINES: Mapping[str, EngineEmitter] = MappingProxyType(
         "single": EngineEmitter(grouped=False, constants=lambda decision: "", shards_blocks=False),
         "ddp": EngineEmitter(grouped=True, constants=_bucket, shards_blocks=False),
         "fsdp2": EngineEmitter(grouped=True, constants=_mesh, shards_blocks=True),
+        "amsp": EngineEmitter(grouped=True, constants=_states, shards_blocks=True),
     }
 )

@@ -6,6 +6,7 @@ from textwrap import fill
 
 from shardwright.backends.pytorch.text import docstring_text, prose
 from shardwright.planner.constants import device_budget
+from shardwright.planner.engines import ENGINES
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.schemas.plan import Decision, Plan
 from shardwright.schemas.units import human_bytes, human_count, human_seconds
@@ -56,12 +57,14 @@ def plan_lines(plan: Plan) -> str:
 
 
 def closing_lines(plan: Plan, local: tuple[str, ...]) -> str:
-    """What the script needs, and whose it is."""
+    """What the script needs, and whose it is; of an engine of our own, on which hardware it has been run."""
     packages = ", ".join(("torch", *plan.model.packages))
     beside = ", ".join(("shardwright_runtime/", *local))
+    engine = plan.decision.engine.name
+    run_on = f" The engine {engine}: {ENGINES[engine].run_on}." if ENGINES[engine].flat else ""
     return _wrapped(
         f"Compiled by shardwright from {plan.job_file}. The file is yours to read and change: it needs {packages}, and "
-        f"beside it {beside}."
+        f"beside it {beside}.{run_on}"
     )
 
 
@@ -73,11 +76,16 @@ def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
         f"parameters /{states.parameters.degree}, gradients /{states.gradients.degree}, "
         f"optimizer /{states.optimizer_states.degree}"
     )
+    second = "" if states.secondary is None else f"parameters /{states.secondary.degree}, for backward"
+    gathers, reductions = decision.communication.int8_gathers, decision.communication.int4_reductions
     batch = f"{global_batch} = {mesh.world_size} x {decision.micro_batch} x {decision.accumulation} micro-batches"
     return [
         ("engine", f"{decision.engine.name}{kept}"),
         ("mesh", axes),
-        ("shards", degrees if decision.states.parameters.degree > 1 else "none: every process holds all states"),
+        ("shards", degrees if states.optimizer_states.degree > 1 else "none: every process holds all states"),
+        *([("second copy", second)] if second else []),
+        *([("int8", f"gathers over {', '.join(gathers)}")] if gathers else []),
+        *([("int4", f"reductions over {', '.join(reductions)}")] if reductions else []),
         ("batch", batch),
         ("precision", PRECISIONS[decision.precision].summary.split(",")[0]),
         ("recomputed", f"{recomputed.blocks} of {recomputed.of} blocks"),

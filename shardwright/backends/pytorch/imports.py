@@ -47,6 +47,7 @@ KNOWN: Mapping[str, Import] = MappingProxyType(
         **{
             name: Import(2, f"shardwright_runtime.{module}", name)
             for module, names in {
+                "average": ("update_average",),
                 "checkpoint": ("Checkpoints", "TrainState"),
                 "data": (
                     "Batch",
@@ -59,10 +60,13 @@ KNOWN: Mapping[str, Import] = MappingProxyType(
                 ),
                 "export": ("export_model",),
                 "gradients": ("gradient_norm",),
+                "groups": ("ParameterGroup", "kind_of", "kind_options", "parameter_groups"),
+                "held_flat": ("FlatHolder",),
                 "hugging_face": ("hugging_face_names", "stored_form"),
                 "initialize": ("allocate", "initialize", "parameters_on_meta"),
                 "losses": ("model_loss", "next_token_loss"),
                 "session": ("MetricsLog", "Signals", "Timer", "only_device", "process_group", "seed_for"),
+                "states": ("Levels", "ShardedStates"),
                 "tensorfile": ("FormatError",),
                 "weights": ("load_weights",),
             }.items()

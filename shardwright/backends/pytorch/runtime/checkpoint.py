@@ -4,8 +4,9 @@
 `OUT/step_00000012/` holds one safetensors file per process with its pieces of the tensors, and `index.json`, which
 says where each piece of each tensor lies. `OUT/LATEST` holds the name of the newest one. Parameters, buffers and
 optimizer states go by the parameter's own name: `model.<parameter>`, `buffer.<buffer>`,
-`optimizer.<state>.<parameter>`; a tied parameter by the first of its names. What several processes hold alike, one of
-them writes; they take turns, tensor by tensor.
+`optimizer.<state>.<parameter>`; a tied parameter by the first of its names. Parameters are the values before they are
+rounded for bf16 forward and backward, frozen ones too. What several processes hold alike, one of them writes; they take
+turns, tensor by tensor.
 
 [Note: never endanger the last checkpoint]
 Everything is written into `step_N.tmp` and flushed to the disk; then the folder is renamed; then LATEST is replaced;
@@ -19,7 +20,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .held import STOCK, Held, HeldState, Holder
 from .index import (
     INDEX,
     Index,
@@ -40,7 +42,7 @@ from .index import (
     parse_key,
     read_index,
 )
-from .pieces import Box, local_box, local_tensor, replica
+from .pieces import Box
 from .tensorfile import FormatError, TensorFile, open_regular, open_tensors, write_tensors
 
 __all__ = ["CheckpointError", "Checkpoints", "TrainState"]
@@ -54,11 +56,15 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder; see [Note: layout of a checkpoint]. `keep` newest ones are kept."""
+    """The checkpoints of one run, in one folder; see [Note: layout of a checkpoint]. `keep` newest ones are kept.
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    `holder` knows where the model's and the optimizer's tensors lie: `STOCK` unless the script uses `ShardedStates`.
+    """
+
+    def __init__(self, folder: Path, keep: int, holder: Holder = STOCK) -> None:
         self.folder = folder
         self.keep = keep
+        self.holder = holder
         self.saved_step: int | None = None
         """Step of the newest checkpoint that this object wrote or read."""
 
@@ -91,7 +97,7 @@ class Checkpoints:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-        tensors = state_tensors(model, optimizer)
+        tensors = model_tensors(model, self.holder) | state_tensors(model, self.holder.states(optimizer))
         with together("save"):
             write_tensors(temporary / file_of(rank), _own_pieces(tensors))
         with together("save"):
@@ -115,7 +121,7 @@ class Checkpoints:
             )
         if name is None:
             return None
-        with together("read"):
+        with self.holder.filling(), together("read"):
             folder = self.folder / name
             index = read_index(folder)
             if index.train.step != step:
@@ -124,8 +130,14 @@ class Checkpoints:
                 raise FormatError(f"{folder}: made with seed {index.train.seed}, not {seed}: the batches would differ")
             if index.optimizer != type(optimizer).__name__:
                 raise FormatError(f"{folder}: holds states of {index.optimizer}, not of {type(optimizer).__name__}")
-            _create_states(index, model, optimizer)
-            _restore(folder, index, state_tensors(model, optimizer))
+            with self.holder.room(optimizer, _stored_states(index, model)) as rooms:
+                tensors = model_tensors(model, self.holder)
+                differing = {name for name in index.tensors if not name.startswith("optimizer.")} ^ tensors.keys()
+                if differing:
+                    raise FormatError(
+                        f"{folder}: the model differs from the one saved, for example in {min(differing)}"
+                    )
+                _restore(folder, index, tensors | state_tensors(model, rooms))
         self.saved_step = step
         return index.train
 
@@ -165,48 +177,57 @@ def together(what: str, of: str = "the checkpoint") -> Iterator[None]:
         raise CheckpointError(f"could not {what} {of}: {reason}") from failure
 
 
-def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a checkpoint holds, by name, in the same order in every process."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+def model_tensors(model: nn.Module, holder: Holder) -> dict[str, Held]:
+    """What a checkpoint holds of the model, by name, in the same order in every process."""
     persistent = model.state_dict().keys()
-    tensors = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
-    tensors |= {f"buffer.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
-    for parameter, states in optimizer.state.items():
-        for state, value in states.items():
-            if value is not None:
-                tensors[f"optimizer.{state}.{names[parameter]}"] = value
+    tensors = {f"model.{name}": holder.held(parameter) for name, parameter in model.named_parameters()}
+    tensors |= {f"buffer.{name}": holder.held(buffer) for name, buffer in model.named_buffers() if name in persistent}
     return dict(sorted(tensors.items()))
 
 
-def _own_pieces(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, states: Iterable[HeldState]) -> dict[str, Held]:
+    """What a checkpoint holds of the optimizer, by name."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return dict(sorted((f"optimizer.{state}.{names[parameter]}", held) for parameter, state, held in states))
+
+
+def _own_pieces(tensors: Mapping[str, Held]) -> dict[str, Tensor]:
     """What this process writes: of what several hold, its turn only."""
-    pieces = {}
-    for number, (name, tensor) in enumerate(tensors.items()):
-        which, count = replica(tensor)
-        box = local_box(tensor)
-        if number % count == which and box.numel:
-            pieces[key_of(name, box)] = local_tensor(tensor)
+    pieces: dict[str, Tensor] = {}
+    for number, (name, held) in enumerate(tensors.items()):
+        which, count = held.replica
+        if number % count == which:
+            pieces |= {key_of(name, box): values for box, values in held.parts if box.numel}
     return pieces
 
 
-def _collect(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+def _collect(folder: Path, tensors: Mapping[str, Held]) -> dict[str, Stored]:
     """The index of the files that all processes have written, read back from their headers."""
-    pieces: dict[str, list[Piece]] = defaultdict(list)
+    pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
+    dtypes = {name: held.dtype for name, held in tensors.items()}
     for rank in range(dist.get_world_size() if dist.is_initialized() else 1):
         with open_tensors(folder / file_of(rank)) as file:
-            for key in file.entries:
+            for key, entry in file.entries.items():
                 name, box = parse_key(key)
-                pieces[name].append(Piece(file_of(rank), box))
-    stored = {name: Stored(t.dtype, tuple(t.shape), tuple(sorted(pieces[name]))) for name, t in tensors.items()}
-    for name, tensor in stored.items():
-        check_cover(name, tensor.shape, [piece.box for piece in tensor.pieces])
+                pieces.setdefault(name, []).append(Piece(file_of(rank), box))
+                dtypes.setdefault(name, entry.dtype)
+    stored = {}
+    for name, found in pieces.items():
+        shape: tuple[int, ...] = ()
+        if name in tensors:
+            shape = tensors[name].shape
+        elif found[0].box.start:
+            # A state that only other processes hold: as large as its parameter, or else a scalar.
+            shape = tensors[f"model.{name.split('.', 2)[2]}"].shape
+        stored[name] = Stored(dtypes[name], shape, tuple(sorted(found)))
+        check_cover(name, shape, [piece.box for piece in found])
     return stored
 
 
-def _create_states(index: Index, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make room for the optimizer states that the checkpoint holds: sharded as their parameter, or scalars."""
+def _stored_states(index: Index, model: nn.Module) -> dict[nn.Parameter, dict[str, Stored]]:
+    """The optimizer states of a checkpoint, by parameter: each of the parameter's shape, or a scalar."""
     parameters = dict(model.named_parameters())
-    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    states: dict[nn.Parameter, dict[str, Stored]] = defaultdict(dict)
     for name, stored in index.tensors.items():
         if not name.startswith("optimizer."):
             continue
@@ -214,30 +235,21 @@ def _create_states(index: Index, model: nn.Module, optimizer: torch.optim.Optimi
         parameter = parameters.get(parameter_name)
         if parameter is None or stored.shape not in ((), tuple(parameter.shape)):
             raise FormatError(f"{name}: the model has no such parameter, or not of shape {stored.shape}")
-        if stored.shape == tuple(parameter.shape):
-            value = torch.zeros_like(parameter, dtype=stored.dtype, requires_grad=False)
-        else:
-            # As torch.optim places its step counters.
-            value = torch.zeros((), dtype=stored.dtype, device=parameter.device if on_device else "cpu")
-        optimizer.state[parameter][state] = value
+        states[parameter][state] = stored
+    return states
 
 
-def _restore(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> None:
+def _restore(folder: Path, index: Index, tensors: Mapping[str, Held]) -> None:
     """Fill the tensors from the checkpoint, one file at a time."""
-    if index.tensors.keys() != tensors.keys():
-        differing = sorted(index.tensors.keys() ^ tensors.keys())
-        raise FormatError(f"{folder}: the model differs from the one saved, for example in {differing[0]}")
     missing: dict[str, int] = {}
     by_file: dict[str, list[tuple[str, Box]]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        stored, box = index.tensors[name], local_box(tensor)
-        if stored.shape != tuple(tensor.shape) or stored.dtype != tensor.dtype:
-            raise FormatError(
-                f"{name}: saved as {stored.dtype} {stored.shape}, needed as {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        missing[name] = box.numel
+    for name, held in tensors.items():
+        stored = index.tensors[name]
+        if stored.shape != held.shape or stored.dtype != held.dtype:
+            raise FormatError(f"{name}: saved as {stored.dtype} {stored.shape}, needed as {held.dtype} {held.shape}")
+        missing[name] = sum(box.numel for box, _ in held.parts)
         for piece in stored.pieces:
-            if box.overlap(piece.box):
+            if any(box.overlap(piece.box) for box, _ in held.parts):
                 by_file[piece.file].append((name, piece.box))
     for file_name, pieces in by_file.items():
         with open_tensors(folder / file_name) as file:
@@ -247,17 +259,19 @@ def _restore(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _copy(file: TensorFile, name: str, piece: Box, tensor: Tensor) -> int:
-    """Copy the overlap of a stored piece with this process's part; returns its elements."""
-    key, box = key_of(name, piece), local_box(tensor)
+def _copy(file: TensorFile, name: str, piece: Box, held: Held) -> int:
+    """Copy the overlap of a stored piece with this process's parts; returns its elements."""
+    key = key_of(name, piece)
     entry = file.entries.get(key)
-    if entry is None or entry.shape != piece.shape or entry.dtype != tensor.dtype:
+    if entry is None or entry.shape != piece.shape or entry.dtype != held.dtype:
         raise FormatError(f"{file.path}: does not hold {key} as the index says")
-    common = box.overlap(piece)
-    assert common is not None
-    target, source = common.within(box), common.within(piece)
-    local_tensor(tensor)[target] = file.part(key, source)
-    return common.numel
+    copied = 0
+    for box, values in held.parts:
+        common = box.overlap(piece)
+        if common is not None:
+            values[common.within(box)] = file.part(key, common.within(piece))
+            copied += common.numel
+    return copied
 
 
 def _maximum(value: int) -> int:

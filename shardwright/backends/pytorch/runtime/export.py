@@ -29,6 +29,8 @@ from .tensorfile import Entry, FormatError, open_tensors, write_pieces
 from .weights import INDEX, SINGLE, slabs
 
 MAX_FILE_BYTES = 5_000_000_000
+AVERAGES = "optimizer.average."
+"""Before the name of a parameter, that of its moving average (average.py)."""
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,19 +69,23 @@ def export_model(
     config: Mapping[str, Any] | None = None,
     companions: Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    average: bool = False,
 ) -> Exported:
     """Write the model of a checkpoint into a new folder; floating-point numbers become `dtype`.
 
     `checkpoint`: a checkpoint's folder, or the folder of a run, of which the newest one is taken. `form`: where in
     which stored tensor each tensor of the model goes (`stored_form`); None to store them as they are. `config`: the
-    content of `config.json`, which gets the dtype. `companions`: where to copy tokenizer files from. Raises FormatError
-    for a broken checkpoint, one of another model, and an existing `folder`.
+    content of `config.json`, which gets the dtype. `companions`: where to copy tokenizer files from. `average`: write
+    the moving averages of the parameters; those that have none, such as frozen ones, as they are. Raises FormatError
+    for a broken checkpoint, one of another model or without averages, and an existing `folder`.
     """
     checkpoint = checkpoint_folder(checkpoint)
     index = read_index(checkpoint)
     if folder.exists():
         raise FormatError(f"{folder} exists already; nothing is overwritten")
     model = {name.split(".", 1)[1]: name for name in index.tensors if name.startswith(("model.", "buffer."))}
+    if average:
+        model |= _averages(checkpoint, index)
     if form is None:
         form = {name: [as_it_is(name, index.tensors[key].shape)] for name, key in model.items()}
     if form.keys() != model.keys():
@@ -107,6 +113,14 @@ def export_model(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Exported(index.train.step, len(source.layout), tuple(files), total)
+
+
+def _averages(checkpoint: Path, index: Index) -> dict[str, str]:
+    """The stored names of the moving averages, by parameter. Raises FormatError where there are none."""
+    found = {name.removeprefix(AVERAGES): name for name in index.tensors if name.startswith(AVERAGES)}
+    if not found:
+        raise FormatError(f"{checkpoint}: holds no averages of the parameters")
+    return found
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -126,8 +126,10 @@ def check_cover(what: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None
         raise FormatError(f"{what}: a piece lies outside the tensor")
     ordered = sorted(boxes)
     for number, box in enumerate(ordered):
+        last = tuple(stop - 1 for stop in box.stop)
         for other in ordered[number + 1 :]:
-            if shape and other.start[0] >= box.stop[0]:
+            # In row-major order, all elements of the others come after this box.
+            if other.start > last:
                 break
             if box.overlap(other):
                 raise FormatError(f"{what}: two pieces overlap")

@@ -49,10 +49,9 @@ def initialize(model: nn.Module, path: str, *, seed: int, device: torch.device) 
     InitializationError for a parameter that no method fills, and for a method that changes another unit's parameters.
     """
     unit = model.get_submodule(path)
-    owners = [module for module in unit.modules() if any(p.is_meta for p in module.parameters(recurse=False))]
     done = [parameter for parameter in model.parameters() if not parameter.is_meta]
     versions = [parameter._version for parameter in done]
-    created = _materialize(owners, device)
+    created = _materialize(model, {parameter for parameter in unit.parameters() if parameter.is_meta}, device)
     for module in unit.modules():
         _move_buffers(module, device)
     torch.manual_seed(seed_for(seed, "init", path))
@@ -85,17 +84,18 @@ def allocate(model: nn.Module, device: torch.device) -> None:
                 f"the buffer {name} is computed from parameters when the model is built, before they have values; "
                 "write `init: constructor` under `model` in the job"
             )
-    _materialize(list(model.modules()), device)
+    _materialize(model, {parameter for parameter in model.parameters() if parameter.is_meta}, device)
     for module in model.modules():
         _move_buffers(module, device)
 
 
-def _materialize(owners: list[nn.Module], device: torch.device) -> dict[int, nn.Parameter]:
-    """Replace parameters on meta by NaN-filled ones, tied ones by the same; returns the new ones by id."""
+def _materialize(model: nn.Module, parameters: set[nn.Parameter], device: torch.device) -> dict[int, nn.Parameter]:
+    """Replace these parameters by NaN-filled ones wherever the model has them, so that tied ones stay tied; returns the
+    new ones by id."""
     new: dict[nn.Parameter, nn.Parameter] = {}
-    for module in owners:
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter.is_meta:
+            if parameter in parameters:
                 if parameter not in new:
                     values = torch.full_like(parameter, torch.nan, device=device)
                     new[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)

@@ -46,6 +46,29 @@ def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> tuple[Box, ...]:
+    """The elements [start, stop) of a tensor in row-major order as boxes, in that order: 2 * dims - 1 at most.
+
+    Each box is a stretch of memory, since only its first dim of more than one index may be cut.
+    """
+    if start >= stop:
+        return ()
+    if not shape:
+        return (Box((), ()),)
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # of the whole rows
+    if first > last:
+        return _in_row(shape, last, start, stop)
+    rows = (Box((first, *(0 for _ in shape[1:])), (last, *shape[1:])),) if first < last else ()
+    return (*_in_row(shape, first - 1, start, first * row), *rows, *_in_row(shape, last, last * row, stop))
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> tuple[Box, ...]:
+    origin = index * prod(shape[1:])
+    inner = flat_boxes(shape[1:], start - origin, stop - origin)
+    return tuple(Box((index, *box.start), (index + 1, *box.stop)) for box in inner)
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """The memory of this process's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from math import prod
@@ -105,24 +105,32 @@ class TensorFile:
         self._file = file
         self.entries = _entries(path, file) if entries is None else entries
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, read from the disk now; a scalar counts as one row, shape ()."""
+    def rows(self, name: str, start: int, stop: int, at: Sequence[int] = ()) -> Tensor:
+        """Rows [start, stop) of a tensor, or of what it holds at the indices `at` of its first dims, read from the disk
+        now; a scalar counts as one row, shape ()."""
         entry = self.entries[name]
-        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        row_bytes = prod(entry.shape[1:]) * entry.dtype.itemsize
-        tensor = torch.empty(shape, dtype=entry.dtype)
-        self._file.seek(entry.start + start * row_bytes)
+        shape, row = entry.shape[len(at) :], 0
+        for index, size in zip((*at, start), entry.shape, strict=False):
+            row = row * size + index
+        tensor = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=entry.dtype)
+        self._file.seek(entry.start + row * prod(shape[1:]) * entry.dtype.itemsize)
         if tensor.numel() and self._file.readinto(_bytes_of(tensor)) != tensor.numel() * entry.dtype.itemsize:
             raise FormatError(f"{self.path}: ends too early")
         return tensor
 
     def part(self, name: str, where: tuple[slice, ...]) -> Tensor:
-        """A part of a tensor, one slice a dim: whole rows are read, and cut."""
-        return (
-            self.rows(name, where[0].start, where[0].stop)[(slice(None), *where[1:])]
-            if where
-            else self.rows(name, 0, 1)
-        )
+        """A part of a tensor, one slice a dim: rows of the first dim of more than one index are read, and cut."""
+        if not where:
+            return self.rows(name, 0, 1)
+        dim = first_wide(tuple(span.stop - span.start for span in where))
+        at = tuple(span.start for span in where[:dim])
+        values = self.rows(name, where[dim].start, where[dim].stop, at)
+        return values[(*(None for _ in at), slice(None), *where[dim + 1 :])]
+
+
+def first_wide(shape: Sequence[int]) -> int:
+    """The first dim of more than one index, or the last one."""
+    return next((dim for dim, size in enumerate(shape) if size != 1), len(shape) - 1)
 
 
 @contextmanager

@@ -24,16 +24,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, together
+from .held import STOCK, Held, Holder
 from .index import check_cover
 from .parts import Naming, Part, original_class, own_names
-from .pieces import Box, local_box, local_tensor
-from .tensorfile import Entry, FormatError, TensorFile, open_regular, open_tensors, strict_json
+from .pieces import Box
+from .tensorfile import Entry, FormatError, TensorFile, first_wide, open_regular, open_tensors, strict_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 100_000_000
 READ_BYTES = 64 * 2**20
-"""Most bytes of a tensor that are read at a time, unless one row has more."""
+"""Most bytes of a tensor that are read at a time."""
 
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")
 _SHOWN = 3
@@ -55,20 +56,29 @@ class Fill(NamedTuple):
     compare: bool
 
 
-def load_weights(model: nn.Module, folder: Path, *, naming: Naming = own_names, unused: Sequence[str] = ()) -> None:
+def load_weights(
+    model: nn.Module,
+    folder: Path,
+    *,
+    naming: Naming = own_names,
+    unused: Sequence[str] = (),
+    holder: Holder = STOCK,
+) -> None:
     """Fill the parameters and persistent buffers of a model from a folder; see [Note: a folder of weights].
 
-    `unused`: regular expressions of stored tensors that the model has no place for. Floating-point numbers are
-    converted to the model's own dtype. Raises SystemExit in every process when any of them finds the folder broken, or
-    unfit for the model: then every tensor that is missing, left over, of another shape or kind is counted.
+    `unused`: regular expressions of stored tensors that the model has no place for. `holder`: as for `Checkpoints`.
+    Floating-point numbers are converted to the dtype that the model is kept in. Raises SystemExit in every process when
+    any of them finds the folder broken, or unfit for the model: then every tensor that is missing, left over, of
+    another shape or kind is counted.
     """
     try:
-        _load(model, folder, naming, unused)
+        with holder.filling():
+            _load(model, folder, naming, unused, holder)
     except CheckpointError as error:
         raise SystemExit(str(error)) from error
 
 
-def _load(model: nn.Module, folder: Path, naming: Naming, unused: Sequence[str]) -> None:
+def _load(model: nn.Module, folder: Path, naming: Naming, unused: Sequence[str], holder: Holder) -> None:
     what = f"the weights of {folder}"
     stored: dict[str, Located] = {}
     fills: list[Fill] = []
@@ -89,7 +99,7 @@ def _load(model: nn.Module, folder: Path, naming: Naming, unused: Sequence[str])
                 with open_tensors(path) as file:
                     for fill in wanted:
                         if fill.compare == compare:
-                            _read(file, fill)
+                            _read(file, fill, holder.held(fill.tensor))
 
 
 def stored_tensors(folder: Path) -> dict[str, Located]:
@@ -150,35 +160,41 @@ def match(model: nn.Module, stored: Mapping[str, Located], naming: Naming, unuse
     return fills
 
 
-def _read(file: TensorFile, fill: Fill) -> None:
+def _read(file: TensorFile, fill: Fill, held: Held) -> None:
     """Copy this process's share of a part, or compare with it."""
-    common = local_box(fill.tensor).overlap(fill.part.box)
-    if common is None:
-        return
-    local = local_tensor(fill.tensor.detach())
     entry = file.entries[fill.part.stored]
-    for source in slabs(fill.part.to_stored(common), entry.shape, entry.dtype):
-        values = file.part(fill.part.stored, tuple(map(slice, source.start, source.stop)))
-        target = fill.part.to_model(source)
-        slot = local[target.within(local_box(fill.tensor))]
-        values = values.reshape(slot.shape)
-        if not fill.compare:
-            slot.copy_(values)
-        elif not torch.equal(slot, values.to(slot)):
-            raise FormatError(
-                f"{fill.name} is tied to another tensor of the model, but stored with other values: "
-                "write tie_word_embeddings: false in the configuration, if that is what ties them"
-            )
+    for box, memory in held.parts:
+        common = box.overlap(fill.part.box)
+        if common is None:
+            continue
+        for source in slabs(fill.part.to_stored(common), entry.shape, entry.dtype):
+            values = file.part(fill.part.stored, tuple(map(slice, source.start, source.stop)))
+            slot = memory[fill.part.to_model(source).within(box)]
+            values = values.reshape(slot.shape)
+            if not fill.compare:
+                slot.copy_(values)
+            elif not torch.equal(slot, values.to(slot)):
+                raise FormatError(
+                    f"{fill.name} is tied to another tensor of the model, but stored with other values: "
+                    "write tie_word_embeddings: false in the configuration, if that is what ties them"
+                )
 
 
 def slabs(box: Box, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Box]:
-    """The box of a tensor in stretches along its first dim that take at most READ_BYTES each to read."""
+    """The box of a tensor of this shape in stretches, in row-major order, that take at most READ_BYTES each to read."""
     if not shape:
         yield box
         return
-    rows = max(1, READ_BYTES // max(1, prod(shape[1:]) * dtype.itemsize))
-    for start in range(box.start[0], box.stop[0], rows):
-        yield Box((start, *box.start[1:]), (min(start + rows, box.stop[0]), *box.stop[1:]))
+    dim = first_wide(box.shape)
+    row_bytes = prod(shape[dim + 1 :]) * dtype.itemsize
+    rows = max(1, READ_BYTES // max(1, row_bytes))
+    for start in range(box.start[dim], box.stop[dim], rows):
+        stop = min(start + rows, box.stop[dim])
+        slab = Box((*box.start[:dim], start, *box.start[dim + 1 :]), (*box.stop[:dim], stop, *box.stop[dim + 1 :]))
+        if row_bytes > READ_BYTES:
+            yield from slabs(slab, shape, dtype)
+        else:
+            yield slab
 
 
 def _weight_map(path: Path) -> dict[str, str]:

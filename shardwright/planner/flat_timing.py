@@ -1,0 +1,174 @@
+"""Seconds of everything that `ShardedStates` sends and copies: the lanes of a point of engine `amsp`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from shardwright.planner.compute import memory_rate
+from shardwright.planner.constants import device_constants
+from shardwright.planner.flat import Bucket, Chain
+from shardwright.planner.flat_lanes import Communication, FlatStep, FlatUnit, Hop, Hops
+from shardwright.planner.groups import Groups
+from shardwright.planner.network import CollectiveKind, Links, collective_seconds
+from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
+from shardwright.planner.quantized import message_bytes
+from shardwright.planner.space import Point, axis_links
+from shardwright.schemas.cluster import ClusterSpec
+
+
+class FlatTime:
+    """What the buckets of a model send under every layout of one job."""
+
+    def __init__(self, cluster: ClusterSpec, groups: Groups) -> None:
+        self._cluster, self._groups = cluster, groups
+        self._counts = Counter(groups.kinds)
+        self._rate = memory_rate(cluster.device)
+        self._efficiency = device_constants(cluster.device).links.value
+        self._wire_of = {level.name: index for index, level in enumerate(cluster.levels)}
+        self._sends: Callable[..., Communication] = lru_cache(maxsize=100_000)(self._communication)
+        self._links: Callable[[tuple[int, ...]], tuple[Links, ...]] = lru_cache(maxsize=None)(
+            lambda axes: axis_links(cluster, axes)
+        )
+        self._seconds: Callable[[CollectiveKind, Links, int], float] = lru_cache(maxsize=100_000)(
+            lambda kind, links, size: collective_seconds(kind, links, size, self._efficiency)
+        )
+
+    def step(
+        self,
+        point: Point,
+        blocks: Sequence[tuple[float, float]],
+        embedding: tuple[float, float],
+        head: tuple[float, float],
+    ) -> FlatStep:
+        """The lanes of one step; `blocks` are seconds of forward and backward of each block."""
+        sends, layout = self._sent(point), point.chain
+        made = [sends[kind] for kind in self._groups.kinds]
+        return FlatStep(
+            blocks=[FlatUnit(*passes, each) for passes, each in zip(blocks, made[:-1], strict=True)],
+            root=made[-1],
+            embedding=embedding,
+            head=head,
+            micro_batches=point.accumulation,
+            kept=bool(point.kept),
+            wires=len(self._cluster.levels),
+            gather_hops=layout.parameters,
+            again_hops=layout.secondary,
+            publish_hops=layout.optimizer_states - layout.parameters,
+        )
+
+    def least(self, point: Point, passes: float) -> float:
+        """What `run_flat` is never below: the root is gathered before all compute, `passes` seconds a micro-batch, and
+        reduced after it, and every wire carries what is sent over it."""
+        busy = [0.0] * len(self._cluster.levels)
+        copies = 0.0
+        kinds, all_sends = self._groups.kinds, self._sent(point)
+        gathers = 1 if point.kept else point.accumulation
+        for kind, sends in all_sends.items():
+            count = self._counts[kind]
+            blocks = count - (kind == kinds[-1])
+            sent = (
+                (count, sends.publications),
+                (count * gathers, sends.gathers),
+                (0 if point.kept else blocks * gathers, sends.again),
+                (count * (point.accumulation - 1), sends.reductions),
+                (count, sends.last_reductions),
+            )
+            for times, chains in sent:
+                for hops in chains:
+                    for wire, seconds in hops:
+                        busy[wire] += times * seconds
+            copies += count * (point.accumulation * sends.hand_over + (point.accumulation - 1) * sends.add_whole)
+        root = all_sends[kinds[-1]]
+        alone = _longest(root.publications) + gathers * _longest(root.gathers) + _longest(root.last_reductions)
+        return max(alone + point.accumulation * passes + copies, *busy)
+
+    def _sent(self, point: Point) -> dict[int, Communication]:
+        """What a group of each kind sends."""
+        groups, layout = self._groups.flat(point.chain), point.chain
+        element = PRECISIONS[point.precision].compute_bytes
+        return {
+            kind: self._sends(groups[kind], layout, element, point.int8_gathers, point.int4_reductions)
+            for kind in self._counts
+        }
+
+    def own(self, point: Point) -> int:
+        """Elements that the optimizer of one device works on, padding included."""
+        groups = self._groups.flat(point.chain)
+        return (
+            sum(
+                count * bucket.padded
+                for kind, count in self._counts.items()
+                for bucket in groups[kind]
+                if bucket.trainable
+            )
+            // point.optimizer_degree
+        )
+
+    def norm(self, point: Point) -> float:
+        """Adding the squared norms up: one number over each axis that optimizer states are spread over."""
+        axes = self._links(point.axes)[: point.chain.optimizer_states]
+        return sum(self._seconds("all_reduce", links, MASTER_BYTES) for links in axes)
+
+    def _communication(
+        self,
+        group: tuple[Bucket, ...],
+        layout: Chain,
+        element: int,
+        int8_gathers: tuple[int, ...],
+        int4_reductions: tuple[int, ...],
+    ) -> Communication:
+        links = self._links(layout.sizes)
+
+        def hop(kind: CollectiveKind, axis: int, size: int, extra: float = 0.0) -> Hop:
+            return self._wire_of[links[axis][-1][0].name], extra + self._seconds(kind, links[axis], size)
+
+        def gather(bucket: Bucket, level: int, to: int, exact: bool = False) -> Hops:
+            made = []
+            for axis in range(level - 1, to - 1, -1):
+                elements = bucket.padded // layout.degree(axis)
+                if axis in int8_gathers and not exact:
+                    made.append(
+                        hop("all_gather", axis, message_bytes(elements, 8), elements * (1 + element) / self._rate)
+                    )
+                else:
+                    made.append(hop("all_gather", axis, element * elements))
+            return tuple(made)
+
+        def reduce(bucket: Bucket, to: int) -> Hops:
+            made = []
+            for axis in range(to):
+                elements = bucket.padded // layout.degree(axis)
+                if axis in int4_reductions:
+                    packing = elements * (2 * MASTER_BYTES + 1) / self._rate
+                    made.append(hop("reduce_scatter", axis, message_bytes(elements, 4), packing))
+                else:
+                    made.append(hop("reduce_scatter", axis, MASTER_BYTES * elements))
+            return tuple(made)
+
+        def spread(bucket: Bucket) -> Hops:
+            size = MASTER_BYTES * bucket.padded // layout.degree(layout.optimizer_states)
+            return tuple(hop("all_reduce", axis, size) for axis in range(layout.optimizer_states, len(layout.sizes)))
+
+        trainable = [bucket for bucket in group if bucket.trainable]
+        padded, numel = sum(bucket.padded for bucket in trainable), sum(bucket.numel for bucket in trainable)
+        second = layout.secondary < layout.parameters
+        copied = 2 * element * sum(bucket.padded for bucket in group) // layout.degree(layout.secondary)
+        return Communication(
+            gathers=tuple(gather(bucket, layout.parameters, 0) for bucket in group),
+            again=tuple(gather(bucket, layout.secondary, 0) for bucket in group),
+            reductions=tuple(reduce(bucket, layout.gradients) for bucket in trainable),
+            last_reductions=tuple(reduce(bucket, layout.optimizer_states) + spread(bucket) for bucket in trainable),
+            publications=tuple(
+                gather(bucket, layout.optimizer_states, layout.parameters, exact=True) for bucket in trainable
+            ),
+            keep=copied / self._rate if second else 0.0,
+            hand_over=(element + MASTER_BYTES) * numel / self._rate,
+            add_whole=0.0 if layout.gradients else MASTER_BYTES * numel / self._rate,
+            add=3 * MASTER_BYTES * padded / layout.degree(layout.gradients) / self._rate if layout.gradients else 0.0,
+        )
+
+
+def _longest(chains: Sequence[Hops]) -> float:
+    return max((sum(seconds for _, seconds in hops) for hops in chains), default=0.0)
