@@ -62,7 +62,7 @@ def layouts(job: JobSpec, engine: EngineTraits, accumulation: int) -> Iterator[L
 
 def _replicated(job: JobSpec, accumulation: int) -> Iterator[Layout]:
     layout = Layout(parameters=1, gradients=1, optimizer_states=1, kept=None)
-    if _permits_states(job, layout):
+    if _permits_states(job, layout, accumulation):
         yield layout
 
 
@@ -75,7 +75,7 @@ def _dimension_0(job: JobSpec, accumulation: int) -> Iterator[Layout]:
                 layout = Layout(
                     parameters=degree, gradients=gradients, optimizer_states=degree, kept=kept, secondary=secondary
                 )
-                if _permits_states(job, layout):
+                if _permits_states(job, layout, accumulation):
                     yield layout
 
 
@@ -95,7 +95,7 @@ def _flat(job: JobSpec, accumulation: int) -> Iterator[Layout]:
                     kept=kept,
                     secondary=secondary,
                 )
-                if _permits_states(job, layout):
+                if _permits_states(job, layout, accumulation):
                     yield from _over_axes(job, layout)
 
 
@@ -110,11 +110,12 @@ def _copies(job: JobSpec, degree: int, degrees: tuple[int, ...]) -> Iterator[tup
                 yield from ((kept, each) for each in second if 1 < each < degree and _nested(each, degree))
 
 
-def _permits_states(job: JobSpec, layout: Layout) -> bool:
+def _permits_states(job: JobSpec, layout: Layout, accumulation: int) -> bool:
+    """What the job says of gradients means nothing where none accumulate."""
     states, cluster = job.strategy.states, job.cluster
     return (
         _permits_degree(cluster, states.parameters, layout.parameters)
-        and _permits_degree(cluster, states.gradients, layout.gradients)
+        and (accumulation == 1 or _permits_degree(cluster, states.gradients, layout.gradients))
         and _permits_degree(cluster, states.optimizer_states, layout.optimizer_states)
         and _permits_degree(cluster, states.secondary, layout.secondary)
     )

@@ -28,7 +28,8 @@ def family(point: Point) -> str:
 
     ZeRO-1 to -3: Rajbhandari et al. 2020, arXiv 1910.02054. ZeRO-1.5: ZeRO-1 inside groups, `zero1.size` of InternEvo.
     MiCS: Zhang et al. 2022, arXiv 2205.00119; with PyTorch's name HSDP. hpZ: ZeRO++, arXiv 2306.10209. Frontier: three
-    degrees on three levels, arXiv 2501.04266. Everything else is only AMSP's, arXiv 2311.00257.
+    degrees on three levels, arXiv 2501.04266. Everything else is only AMSP's, arXiv 2311.00257. With one micro-batch a
+    step no gradient accumulates, and ZeRO-1 is ZeRO-2.
     """
     world = point.world
     parameters, gradients, states = point.shard, point.gradient_degree, point.optimizer_degree

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, nan
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.memory import Phase
@@ -76,6 +76,16 @@ def simplicity(point: Point) -> tuple[int, ...]:
     )
 
 
+class _Bounds(NamedTuple):
+    """What a configuration takes at least."""
+
+    seconds: float
+    reserved: int
+    blocks: int
+    """Checkpointed."""
+    point: Point
+
+
 class Search:
     """The space of one job, every question about it answered exactly ([Note: bounds])."""
 
@@ -84,7 +94,7 @@ class Search:
         memory, budget = predictor.memory, predictor.device_budget
         permitted = permitted_blocks(predictor.job, block_count(predictor.profile))
         self._by_memory: list[tuple[tuple[int, tuple[int, ...]], Point]] = []
-        bounds = []
+        bounds: list[_Bounds] = []
         for point in configurations(predictor.job, predictor.profile):
             floor = memory.at_rest_floor(point)
             reserved = memory.reserved(floor)
@@ -93,8 +103,8 @@ class Search:
             fewest = None if missing else memory.fewest_blocks(point, budget)
             blocks = None if fewest is None else next((each for each in permitted if each >= fewest), None)
             if blocks is not None:
-                least = predictor.time.least(replace(point, checkpointed=blocks))
-                bounds.append((least, reserved, blocks, point))
+                seconds = predictor.time.least(replace(point, checkpointed=blocks))
+                bounds.append(_Bounds(seconds, reserved, blocks, point))
         self._by_memory.sort(key=_first)
         self._by_time = sorted(bounds, key=_first)
         self._results: dict[Point, Candidate | None] = {}
@@ -134,38 +144,38 @@ class Search:
     def best(self, where: Predicate, at_most: float = inf) -> Candidate | None:
         """The fastest configuration that fits, of those that `where` picks and that take `at_most` so many seconds;
         ties as `best_first` has them."""
-        picked = [each for each in self._by_time if where(each[-1]) and each[0] <= at_most]
+        picked = [each for each in self._by_time if where(each.point) and each.seconds <= at_most]
         found = [each for each in self._ascending(picked, slack=0.0) if each.seconds <= at_most]
         if not found:
             return None
         fastest = min(each.seconds for each in found)
-        return self._simplest(found, [each for each in picked if each[0] <= fastest * (1 + TIE)], fastest)
+        return self._simplest(found, [each for each in picked if each.seconds <= fastest * (1 + TIE)], fastest)
 
     def example(self, where: Predicate) -> Candidate | None:
         """A configuration that `where` picks and that fits, such that none is faster by more than TIE."""
-        picked = [each for each in self._by_time if where(each[-1])]
+        picked = [each for each in self._by_time if where(each.point)]
         found = self._ascending(picked, slack=TIE)
         return best_first(found, self._predictor.device_budget)[0] if found else None
 
-    def _ascending(self, picked: list[tuple[float, int, int, Point]], slack: float) -> list[Candidate]:
+    def _ascending(self, picked: list[_Bounds], slack: float) -> list[Candidate]:
         """Those that fit, predicted in the order of their bounds until none can be faster, but for `slack`."""
         found: list[Candidate] = []
         fastest = inf
-        for least, _, _, point in picked:
-            if least >= fastest * (1 - slack):
+        for each in picked:
+            if each.seconds >= fastest * (1 - slack):
                 break
-            candidate = self._result(point)
+            candidate = self._result(each.point)
             if candidate is not None and candidate.fits:
                 found.append(candidate)
                 fastest = min(fastest, candidate.seconds)
         return found
 
-    def _simplest(self, found: list[Candidate], ties: list[tuple[float, int, int, Point]], fastest: float) -> Candidate:
+    def _simplest(self, found: list[Candidate], ties: list[_Bounds], fastest: float) -> Candidate:
         """Of all that tie with the fastest, the one that `best_first` puts first."""
         budget = self._predictor.device_budget
         best = best_first(found, budget)[0]
         bounds = [
-            (_rank(floor, replace(point, checkpointed=blocks), budget), point) for _, floor, blocks, point in ties
+            (_rank(each.reserved, replace(each.point, checkpointed=each.blocks), budget), each.point) for each in ties
         ]
         for bound, point in sorted(bounds, key=_first):
             if bound > _rank(best.reserved, best.point, budget):

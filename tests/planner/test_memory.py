@@ -23,6 +23,9 @@ PLAIN = Point(
     checkpointed=0,
     precision="fp32",
 )  # fmt: skip
+SHARDED = replace(
+    PLAIN, engine="fsdp2", world=2, shard=2, optimizer_degree=2, kept=False, gradient_degree=2, precision="bf16_mixed"
+)
 
 # What the toy holds all the time on one device: 1680 parameters, two moments and six step counters, 16 tokens' inputs.
 WHOLE = {"parameters": 6720, "optimizer_states": 2 * 6720 + 6 * 4, "inputs": 256}
@@ -85,16 +88,7 @@ def test_distributed_data_parallel_holds_its_buckets() -> None:
 def test_fully_shard_by_hand() -> None:
     """Two devices, bf16: the root's 1280 elements and a block's 100 are gathered in 2 bytes each. The last block saves
     so much that its backward is the worst."""
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=2,
-        shard=2,
-        optimizer_degree=2,
-        kept=False,
-        gradient_degree=2,
-        precision="bf16_mixed",
-    )
+    point = SHARDED
     found = phases(point, toy(saved=2000))
     assert found["initialise"].bytes == {"parameters": 3360 + 4 * 1280}
     assert found["embedding forward"].bytes == HALF | {"gathered_parameters": 2 * 2560, "activation_temporaries": 10}
@@ -116,16 +110,7 @@ def test_fully_shard_by_hand() -> None:
 
 def test_a_gather_holds_two_buffers() -> None:
     """The root's, or that of the block before, goes when the block's parameters have been copied out of its own."""
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=2,
-        shard=2,
-        optimizer_degree=2,
-        kept=False,
-        gradient_degree=2,
-        precision="bf16_mixed",
-    )
+    point = SHARDED
     found = phases(point, toy(saved=0))
     assert found["block gather"].bytes["gathered_parameters"] == 2560 + 200 + (2560 + 200)
     assert found["backward gather"].bytes["gathered_parameters"] == 2560 + 200 + 200  # the first block, its own buffer
@@ -141,16 +126,7 @@ def test_a_gather_holds_two_buffers() -> None:
 @pytest.mark.parametrize(("early", "expected"), [(250, (250, 0)), (150, (0, 200))])
 def test_gradients_count_from_when_they_are_made(early: int, expected: tuple[int, int]) -> None:
     """Of a block's backward, a moment with activations and none of its 100 gradients, and one the other way round."""
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=2,
-        shard=2,
-        optimizer_degree=2,
-        kept=False,
-        gradient_degree=2,
-        precision="bf16_mixed",
-    )
+    point = SHARDED
     moments = (BackwardMoment(Affine(0, early), 0, False), BackwardMoment(Affine(0, 0), 100, False))
     profile = toy(saved=2000)
     block = profile.units[1]
@@ -162,16 +138,7 @@ def test_gradients_count_from_when_they_are_made(early: int, expected: tuple[int
 
 def test_micro_batches_differ() -> None:
     """Of three, the second has kept parameters from the first and keeps them for the third."""
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=2,
-        shard=2,
-        optimizer_degree=2,
-        kept=True,
-        gradient_degree=2,
-        precision="bf16_mixed",
-    )
+    point = replace(SHARDED, kept=True)
     for accumulation, blocks in ((2, 3), (3, 4)):
         found = phases(replace(point, accumulation=accumulation), toy(saved=0))["gradient reduction"].bytes
         assert found["gathered_parameters"] == 2560 + blocks * 200
@@ -180,16 +147,7 @@ def test_micro_batches_differ() -> None:
 
 def test_the_first_block_may_be_the_worst_of_backward() -> None:
     """With nothing saved, the sharded gradients of the blocks behind count more: 3 x 200 and a reduction of 400."""
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=2,
-        shard=2,
-        optimizer_degree=2,
-        kept=False,
-        gradient_degree=2,
-        precision="bf16_mixed",
-    )
+    point = SHARDED
     first = phases(point, toy(saved=0))["block backward"].bytes
     assert first["gathered_parameters"] == 2560 + 200
     assert first["gradients"] == 3 * 200 + 2 * 640 + 2 * 100
@@ -197,16 +155,7 @@ def test_the_first_block_may_be_the_worst_of_backward() -> None:
 
 
 def test_kept_parameters_stay() -> None:
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=2,
-        shard=2,
-        optimizer_degree=2,
-        kept=True,
-        gradient_degree=2,
-        precision="bf16_mixed",
-    )
+    point = replace(SHARDED, kept=True)
     assert phases(point)["block backward"].bytes["gathered_parameters"] == 2560 + 4 * 200
     stays = phases(replace(point, accumulation=2))
     assert stays["embedding forward"].bytes["gathered_parameters"] == 2560 + 4 * 200  # of the second micro-batch
@@ -214,16 +163,7 @@ def test_kept_parameters_stay() -> None:
 
 
 def test_whole_gradients_that_wait_are_float32() -> None:
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=2,
-        shard=2,
-        optimizer_degree=2,
-        kept=False,
-        gradient_degree=1,
-        precision="bf16_mixed",
-    )
+    point = replace(SHARDED, gradient_degree=1)
     waits = phases(replace(point, accumulation=2))
     assert waits["block forward"].bytes["gradients"] == 6720
     assert waits["block backward"].bytes["gradients"] == 6720 + 2 * 640 + 2 * 100
@@ -232,14 +172,14 @@ def test_whole_gradients_that_wait_are_float32() -> None:
 
 
 def test_replicas_are_copied_without_a_gather_buffer() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=1, optimizer_degree=1, kept=False, precision="bf16_mixed")
+    point = replace(SHARDED, shard=1, optimizer_degree=1, gradient_degree=1)
     found = phases(point)
     assert found["block forward"].bytes["gathered_parameters"] == 2560 + 200
     assert found["embedding forward"].bytes["gathered_parameters"] == 2560
 
 
 def test_foreach_sgd_with_weight_decay_copies_sharded_gradients() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, optimizer_degree=2, kept=False, gradient_degree=2)
+    point = replace(SHARDED, precision="fp32")
 
     def gradients(point: Point, **optimizer: Any) -> int:
         train = {"optimizer": {"name": "sgd", **optimizer}}
@@ -253,7 +193,7 @@ def test_foreach_sgd_with_weight_decay_copies_sharded_gradients() -> None:
 
 def test_a_constructor_holds_the_model_on_the_host_of_gpus_and_on_cpu_devices() -> None:
     built = replace(toy(), init="constructor")
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, optimizer_degree=2, kept=False, gradient_degree=2)
+    point = replace(SHARDED, precision="fp32")
     assert phases(point, built)["initialise"].bytes == {"parameters": 3360 + 6720}
     gpus = job(gpu_cluster(per_node=2), batch=2, sequence=16)
     assert phases(point, built, gpus)["initialise"].bytes == {"parameters": 3360 + 4 * 1280}
@@ -270,7 +210,7 @@ def test_reserved_is_allocated_and_fragmentation() -> None:
 
 
 def test_a_frozen_block_has_no_gradients() -> None:
-    point = replace(PLAIN, engine="fsdp2", world=2, shard=2, optimizer_degree=2, kept=False, gradient_degree=2)
+    point = replace(SHARDED, precision="fp32")
     frozen = phases(point, toy(trainable=False))["block backward"].bytes
     assert frozen["gradients"] == 4 * 640
 
@@ -327,7 +267,7 @@ def _shrinks_with_checkpointing(memory: MemoryModel, point: Point, blocks: int) 
 
 def test_sharding_wider_never_takes_more() -> None:
     memory = Predictor(job(gpu_cluster(), batch=8), llama(layers=4)).memory
-    point = replace(PLAIN, engine="fsdp2", world=8, kept=False, precision="bf16_mixed")
+    point = replace(SHARDED, world=8, shard=1, optimizer_degree=1, gradient_degree=1)
     # From two on: a group of one needs no gather buffer.
     peaks = [memory.peak(replace(point, shard=shard, gradient_degree=shard)).total for shard in (2, 4, 8)]
     assert peaks == sorted(peaks, reverse=True)
@@ -337,7 +277,14 @@ def test_sharding_wider_never_takes_more() -> None:
 def test_keeping_parameters_never_takes_less(accumulation: int) -> None:
     memory = Predictor(job(gpu_cluster(), batch=8 * accumulation), llama(layers=4)).memory
     point = replace(
-        PLAIN, engine="fsdp2", world=8, shard=8, gradient_degree=8, accumulation=accumulation, precision="bf16_mixed"
+        PLAIN,
+        engine="fsdp2",
+        world=8,
+        shard=8,
+        optimizer_degree=8,
+        gradient_degree=8,
+        accumulation=accumulation,
+        precision="bf16_mixed",
     )
     assert memory.peak(replace(point, kept=True)).total >= memory.peak(replace(point, kept=False)).total
 
@@ -345,16 +292,7 @@ def test_keeping_parameters_never_takes_less(accumulation: int) -> None:
 def test_llama_3_8b_states_as_zero_counts_them() -> None:
     """4 + 8 bytes a parameter of parameters and optimizer states over eight devices (ZeRO, arXiv 1910.02054, table 1,
     with float32 masters as the only parameters at rest)."""
-    point = replace(
-        PLAIN,
-        engine="fsdp2",
-        world=8,
-        shard=8,
-        optimizer_degree=8,
-        kept=False,
-        gradient_degree=8,
-        precision="bf16_mixed",
-    )
+    point = replace(SHARDED, world=8, shard=8, optimizer_degree=8, gradient_degree=8)
     at_rest = Predictor(job(gpu_cluster(), batch=8), llama()).memory.prediction(point).at_rest
     assert at_rest["parameters"] == 4 * 8030261248 / 8
     assert at_rest["gradients"] == 4 * 8030261248 / 8

@@ -198,8 +198,13 @@ def test_a_host_that_is_too_small_is_what_is_reported() -> None:
         ),
         (
             cpu_cluster(4),
-            {"states": {"gradients": 1, "optimizer_states": 4}, "micro_batch": 4},
-            {"strategy.states.gradients", "strategy.states.optimizer_states", "strategy.micro_batch"},
+            {"states": {"gradients": 2, "optimizer_states": 4}, "engine": "fsdp2", "micro_batch": 2},
+            {
+                "strategy.states.gradients",
+                "strategy.states.optimizer_states",
+                "strategy.engine",
+                "strategy.micro_batch",
+            },
         ),
     ],
 )
