@@ -1,0 +1,1 @@
+"""The published families of pipeline schedules, each as a function that writes its timetable."""
