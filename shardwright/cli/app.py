@@ -13,6 +13,7 @@ import typer
 import shardwright
 from shardwright.cli import look, make
 from shardwright.cli.outcome import MADE, TRACEBACK, command
+from shardwright.cli.schedule import schedule
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +64,7 @@ _COMMANDS: dict[str, Callable[..., int | None]] = {
     "compile": make.compile_,
     "inspect": look.inspect,
     "rehearse": make.rehearse,
+    "schedule": schedule,
     "schema": look.schema,
     "devices": look.devices,
 }

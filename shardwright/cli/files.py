@@ -83,11 +83,11 @@ def check_plan_target(path: Path) -> None:
         )
 
 
-def check_drawing_target(path: Path, endings: Collection[str]) -> None:
+def check_drawing_target(path: Path, endings: Collection[str], option: str = "--graph") -> None:
     """Refuses a file of a kind that we do not draw, and to replace one that we did not. Raises InputError."""
     if path.suffix not in endings:
         message = f"{path.name!r} ends in none of {', '.join(endings)}"
-        raise InputError(Diagnostic(key="--graph", message=message, suggestion="the ending says what is drawn"))
+        raise InputError(Diagnostic(key=option, message=message, suggestion="the ending says what is drawn"))
     if path.is_dir():
         raise InputError(Diagnostic(file=str(path), message="is a folder; name the file of the drawing"))
     if path.exists() and MARK not in _beginning(path):

@@ -9,6 +9,9 @@ from shardwright.report.operators import draw_operators
 from shardwright.report.plan import draw_inspection, draw_plan, draw_summary
 from shardwright.report.profile import draw_profile
 from shardwright.report.rehearsal import draw_rehearsal, rehearsal_fields
+from shardwright.report.schedule import draw_misfit, draw_schedule, draw_stop, misfit_fields, schedule_fields
+from shardwright.report.schedule_svg import schedule_svg
+from shardwright.report.schedule_trace import schedule_trace
 from shardwright.report.search import draw_infeasible, draw_why, why_fields
 from shardwright.report.svg import profile_svg
 
@@ -21,15 +24,22 @@ __all__ = [
     "draw_input_error",
     "draw_inspection",
     "draw_job",
+    "draw_misfit",
     "draw_operators",
     "draw_plan",
     "draw_profile",
     "draw_rehearsal",
+    "draw_schedule",
+    "draw_stop",
     "draw_summary",
     "draw_why",
     "job_facts",
+    "misfit_fields",
     "profile_html",
     "profile_svg",
     "rehearsal_fields",
+    "schedule_fields",
+    "schedule_svg",
+    "schedule_trace",
     "why_fields",
 ]

@@ -16,13 +16,14 @@ MAX_BYTES = 16 * 2**20
 
 def read_tree(path: Path) -> Node:
     """The values of a YAML file, or of a JSON file where its name ends in `.json`. Raises InputError."""
-    source = Source(str(path), _text(path))
+    source = Source(str(path), read_text(path))
     if not source.text.strip():
         raise InputError(Diagnostic(message="the file is empty", file=source.label))
     return (parse_json if path.suffix == ".json" else parse_yaml)(source)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its lines ended by a line feed. Raises InputError."""
     label = str(path)
     try:
         if path.stat().st_size > MAX_BYTES:

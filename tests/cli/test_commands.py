@@ -15,7 +15,7 @@ from cli.conftest import Run
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.plan import Plan
 
-COMMANDS = ("init", "check", "profile", "plan", "compile", "inspect", "rehearse", "schema", "devices")
+COMMANDS = ("init", "check", "profile", "plan", "compile", "inspect", "rehearse", "schedule", "schema", "devices")
 
 
 def test_version(run: Run) -> None:
