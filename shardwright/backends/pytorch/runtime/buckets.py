@@ -157,9 +157,10 @@ class Bucket:
 
     def add(self, place: Place) -> None:
         """Adds a parameter's gradient to the bucket's, in fp32."""
+        if place.parameter.grad is None:  # autograd runs its hook even where its gradient is deferred
+            return
         if self.gradient is None:
             self.gradient = torch.empty(self.padded, dtype=torch.float32, device=self.whole.device)
-        assert place.parameter.grad is not None
         mine = place.view(self.gradient)
         if place.start in self._filled:
             mine.add_(place.parameter.grad)
