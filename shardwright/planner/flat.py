@@ -17,7 +17,7 @@ then through one all-reduce for each further axis. After the optimizer's step th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
@@ -169,6 +169,32 @@ class Send(NamedTuple):
     purpose: Literal["parameters", "gradients", "grad_norm"]
 
 
+def gather_sends(
+    bucket: Bucket, layout: Chain, start: int, to: int, element: int, int8: Collection[int] = ()
+) -> Iterator[Send]:
+    """From level `start` to level `to`: the slowest axis first."""
+    for axis in range(start - 1, to - 1, -1):
+        elements = bucket.padded // layout.degree(axis)
+        yield Send("all_gather", axis, message_bytes(elements, 8) if axis in int8 else element * elements, "parameters")
+
+
+def reduce_sends(bucket: Bucket, layout: Chain, start: int, to: int, int4: Collection[int] = ()) -> Iterator[Send]:
+    """From level `start` to level `to`: the fastest axis first."""
+    for axis in range(start, to):
+        elements = bucket.padded // layout.degree(axis)
+        if axis in int4:
+            yield Send("all_to_all", axis, message_bytes(elements, 4), "gradients")
+        else:
+            yield Send("reduce_scatter", axis, MASTER_BYTES * elements, "gradients")
+
+
+def copy_sends(bucket: Bucket, layout: Chain) -> Iterator[Send]:
+    """Over all copies of the optimizer states."""
+    rest = MASTER_BYTES * bucket.padded // layout.degree(layout.optimizer_states)
+    for axis in range(layout.optimizer_states, len(layout.sizes)):
+        yield Send("all_reduce", axis, rest, "gradients")
+
+
 def step_sends(
     layout: Chain,
     groups: Sequence[Sequence[Bucket]],
@@ -187,34 +213,23 @@ def step_sends(
     """
     sends: Counter[Send] = Counter()
 
-    def gather(bucket: Bucket, level: int, to: int, times: int, narrow: Collection[int] = int8_gathers) -> None:
-        for axis in range(level - 1, to - 1, -1):
-            elements = bucket.padded // layout.degree(axis)
-            size = message_bytes(elements, 8) if axis in narrow else element * elements
-            sends[Send("all_gather", axis, size, "parameters")] += times
-
-    def reduce(bucket: Bucket, level: int, to: int, times: int) -> None:
-        for axis in range(level, to):
-            elements = bucket.padded // layout.degree(axis)
-            if axis in int4_reductions:
-                sends[Send("all_to_all", axis, message_bytes(elements, 4), "gradients")] += times
-            else:
-                sends[Send("reduce_scatter", axis, MASTER_BYTES * elements, "gradients")] += times
+    def count(chain: Iterable[Send], times: int) -> None:
+        for send in chain:
+            sends[send] += times
 
     for index, group in enumerate(groups):
         is_root = index == len(groups) - 1
         for bucket in group:
-            gather(bucket, layout.parameters, 0, 1 if kept else accumulation)
+            once = 1 if kept else accumulation
+            count(gather_sends(bucket, layout, layout.parameters, 0, element, int8_gathers), once)
             if not kept and not is_root:
-                gather(bucket, layout.secondary, 0, accumulation)
+                count(gather_sends(bucket, layout, layout.secondary, 0, element, int8_gathers), accumulation)
             if bucket.trainable:
-                reduce(bucket, 0, layout.gradients, accumulation)
-                reduce(bucket, layout.gradients, layout.optimizer_states, 1)
-                for axis in range(layout.optimizer_states, len(layout.sizes)):
-                    rest = MASTER_BYTES * bucket.padded // layout.degree(layout.optimizer_states)
-                    sends[Send("all_reduce", axis, rest, "gradients")] += 1
+                count(reduce_sends(bucket, layout, 0, layout.gradients, int4_reductions), accumulation)
+                count(reduce_sends(bucket, layout, layout.gradients, layout.optimizer_states, int4_reductions), 1)
+                count(copy_sends(bucket, layout), 1)
                 # What the parameters rest as is exact.
-                gather(bucket, layout.optimizer_states, layout.parameters, 1, narrow=())
+                count(gather_sends(bucket, layout, layout.optimizer_states, layout.parameters, element), 1)
     for axis in range(layout.optimizer_states):
         sends[Send("all_reduce", axis, MASTER_BYTES, "grad_norm")] += 1
     return sends

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 
 from shardwright.planner.compute import memory_rate
 from shardwright.planner.constants import device_constants
-from shardwright.planner.flat import Bucket, Chain
-from shardwright.planner.flat_lanes import Communication, FlatStep, FlatUnit, Hop, Hops
+from shardwright.planner.flat import Bucket, Chain, Send, copy_sends, gather_sends, reduce_sends
+from shardwright.planner.flat_lanes import Communication, FlatStep, FlatUnit, Hops
 from shardwright.planner.groups import Groups
 from shardwright.planner.network import CollectiveKind, Links, collective_seconds
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
-from shardwright.planner.quantized import message_bytes
 from shardwright.planner.space import Point, axis_links
 from shardwright.schemas.cluster import ClusterSpec
 
@@ -121,47 +120,40 @@ class FlatTime:
     ) -> Communication:
         links = self._links(layout.sizes)
 
-        def hop(kind: CollectiveKind, axis: int, size: int, extra: float = 0.0) -> Hop:
-            return self._wire_of[links[axis][-1][0].name], extra + self._seconds(kind, links[axis], size)
-
-        def gather(bucket: Bucket, level: int, to: int, exact: bool = False) -> Hops:
+        def chain(bucket: Bucket, sends: Iterable[Send], packed: Collection[int] = (), packing: int = 0) -> Hops:
+            """`packing`: bytes of memory traffic an element over the axes on which fewer bits travel."""
             made = []
-            for axis in range(level - 1, to - 1, -1):
-                elements = bucket.padded // layout.degree(axis)
-                if axis in int8_gathers and not exact:
-                    made.append(
-                        hop("all_gather", axis, message_bytes(elements, 8), elements * (1 + element) / self._rate)
-                    )
-                else:
-                    made.append(hop("all_gather", axis, element * elements))
+            for send in sends:
+                over = links[send.axis]
+                # An exchange sends as many bytes over as many links as a reduce-scatter.
+                kind = "reduce_scatter" if send.kind == "all_to_all" else send.kind
+                elements = bucket.padded // layout.degree(send.axis) if send.axis in packed else 0
+                seconds = packing * elements / self._rate + self._seconds(kind, over, send.bytes)
+                made.append((self._wire_of[over[-1][0].name], seconds))
             return tuple(made)
 
-        def reduce(bucket: Bucket, to: int) -> Hops:
-            made = []
-            for axis in range(to):
-                elements = bucket.padded // layout.degree(axis)
-                if axis in int4_reductions:
-                    packing = elements * (2 * MASTER_BYTES + 1) / self._rate
-                    made.append(hop("reduce_scatter", axis, message_bytes(elements, 4), packing))
-                else:
-                    made.append(hop("reduce_scatter", axis, MASTER_BYTES * elements))
-            return tuple(made)
+        def gather(bucket: Bucket, level: int) -> Hops:
+            sends = gather_sends(bucket, layout, level, 0, element, int8_gathers)
+            return chain(bucket, sends, int8_gathers, 1 + element)
 
-        def spread(bucket: Bucket) -> Hops:
-            size = MASTER_BYTES * bucket.padded // layout.degree(layout.optimizer_states)
-            return tuple(hop("all_reduce", axis, size) for axis in range(layout.optimizer_states, len(layout.sizes)))
+        def reduce(bucket: Bucket, to: int, *after: Send) -> Hops:
+            sends = (*reduce_sends(bucket, layout, 0, to, int4_reductions), *after)
+            return chain(bucket, sends, int4_reductions, 2 * MASTER_BYTES + 1)
 
         trainable = [bucket for bucket in group if bucket.trainable]
         padded, numel = sum(bucket.padded for bucket in trainable), sum(bucket.numel for bucket in trainable)
         second = layout.secondary < layout.parameters
         copied = 2 * element * sum(bucket.padded for bucket in group) // layout.degree(layout.secondary)
         return Communication(
-            gathers=tuple(gather(bucket, layout.parameters, 0) for bucket in group),
-            again=tuple(gather(bucket, layout.secondary, 0) for bucket in group),
+            gathers=tuple(gather(bucket, layout.parameters) for bucket in group),
+            again=tuple(gather(bucket, layout.secondary) for bucket in group),
             reductions=tuple(reduce(bucket, layout.gradients) for bucket in trainable),
-            last_reductions=tuple(reduce(bucket, layout.optimizer_states) + spread(bucket) for bucket in trainable),
+            last_reductions=tuple(
+                reduce(bucket, layout.optimizer_states, *copy_sends(bucket, layout)) for bucket in trainable
+            ),
             publications=tuple(
-                gather(bucket, layout.optimizer_states, layout.parameters, exact=True) for bucket in trainable
+                chain(bucket, gather_sends(bucket, layout, layout.optimizer_states, layout.parameters, element))
+                for bucket in trainable
             ),
             keep=copied / self._rate if second else 0.0,
             hand_over=(element + MASTER_BYTES) * numel / self._rate,

@@ -65,7 +65,6 @@ class MemoryModel:
         self._states: Callable[[Point], StateBytes] = lru_cache(maxsize=100_000)(
             lambda point: state_bytes(point, groups, job)
         )
-
         self._held_at_head: Callable[[Point, ComputeDtypeName], list[int]] = lru_cache(maxsize=100_000)(
             self._engine_at_head
         )
@@ -158,7 +157,7 @@ class MemoryModel:
         dtype = PRECISIONS[point.precision].compute
         rest, held = sum(self._fixed(point).values()), self._held_at_head(_layout_of(point), dtype)
         for blocks, alive in enumerate(self._alive_at_head(dtype, point.micro_batch)):
-            if self.reserved(rest + max(map(add, alive, held))) <= budget:
+            if self.reserved(rest + max(map(add, alive, held), default=0)) <= budget:
                 return blocks
         return None
 

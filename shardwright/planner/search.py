@@ -246,8 +246,13 @@ def best_first(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
 def least_that_fits(predictor: Predictor, configuration: Point) -> Candidate | None:
     """The configuration with the fewest checkpointed blocks that fit, or with those that come closest; None where the
     job permits no number of blocks."""
+    permitted = permitted_blocks(predictor.job, block_count(predictor.profile))
+    saving = _largest_saving(predictor, configuration)
     closest: Candidate | None = None
-    for blocks in _worth_trying(predictor, configuration):
+    least = 0.0
+    for blocks in permitted:
+        if blocks < least and blocks != permitted[-1]:
+            continue
         candidate = measure(predictor, replace(configuration, checkpointed=blocks))
         if candidate.fits:
             return candidate
@@ -255,6 +260,8 @@ def least_that_fits(predictor: Predictor, configuration: Point) -> Candidate | N
             closest = candidate
         if candidate.peak.recomputes:
             break
+        if blocks == permitted[0] and saving > 0:
+            least = blocks + (candidate.reserved - predictor.device_budget) / saving
     return closest
 
 
@@ -279,19 +286,6 @@ def shortfall(predictor: Predictor, candidate: Candidate) -> int:
 
 def _missing(predictor: Predictor, reserved: int, host: int) -> int:
     return max(0, reserved - predictor.device_budget) + max(0, host - predictor.job.host_memory_limit)
-
-
-def _worth_trying(predictor: Predictor, configuration: Point) -> Iterator[int]:
-    """Permitted numbers of checkpointed blocks, without those that cannot save enough."""
-    permitted = permitted_blocks(predictor.job, block_count(predictor.profile))
-    if not permitted:
-        return
-    yield permitted[0]
-    first = replace(configuration, checkpointed=permitted[0])
-    excess = predictor.memory.reserved(predictor.memory.peak(first).total) - predictor.device_budget
-    saving = _largest_saving(predictor, configuration)
-    least = permitted[0] + (excess / saving if saving > 0 else 0)
-    yield from (blocks for blocks in permitted[1:] if blocks >= least or blocks == permitted[-1])
 
 
 def _largest_saving(predictor: Predictor, configuration: Point) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from shardwright.planner.engines import ENGINES, EngineName
 from shardwright.planner.flat import ALIGNMENT, Chain
@@ -152,6 +153,8 @@ def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
     """
     world = job.cluster.world_size
     engines = permitted_engines(job, profile)
+    # Whether micro-batches accumulate matters to a layout, how many do not.
+    layouts_of = cache(lambda name, accumulation: tuple(layouts(job, ENGINES[name], accumulation)))
     for precision in permitted_precisions(job):
         if not profiled(profile, precision):
             continue
@@ -159,7 +162,7 @@ def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
             accumulation = job.train.global_batch_sequences // (world * micro_batch)
             stock: set[tuple[object, ...]] = set()
             for name in engines:
-                for layout in layouts(job, ENGINES[name], accumulation):
+                for layout in layouts_of(name, min(accumulation, 2)):
                     if not ENGINES[name].runs(world=world, degree=layout.parameters, precision=precision):
                         continue
                     if not ENGINES[name].flat:

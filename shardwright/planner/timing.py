@@ -45,7 +45,6 @@ class TimeModel:
         self._work: Callable[[ComputeDtypeName, int, bool], list[UnitWork]] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch, hooked: model_work(profile, dtype, micro_batch, device, hooked)
         )
-
         self._passes: Callable[[ComputeDtypeName, int], tuple[float, list[float]]] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch: _totals(self._work(dtype, micro_batch, True))
         )

@@ -205,19 +205,18 @@ def _degrees(job: JobSpec) -> Iterator[Diagnostic]:
 
 def _nesting(job: JobSpec) -> Iterator[Diagnostic]:
     """No device works on the optimizer states of parameters, or gathers a second copy, that it has no part in."""
-    states = job.strategy.states
-    most = {name: _widest(job.cluster, getattr(states, name)) for name in ("parameters", "optimizer_states")}
-    for narrow, wide, why in (
-        ("parameters", "optimizer_states", "optimizer states are sharded at least as wide as"),
-        ("gradients", "optimizer_states", "optimizer states are sharded at least as wide as"),
-        ("secondary", "parameters", "the second copy lies on fewer devices than"),
+    at_least = "optimizer states are sharded at least as wide as"
+    for narrow, wide, key, strictly, rule in (
+        ("parameters", "optimizer_states", "optimizer_states", False, f"{at_least} parameters"),
+        ("gradients", "optimizer_states", "optimizer_states", False, f"{at_least} gradients"),
+        ("secondary", "parameters", "secondary", True, "the second copy lies on fewer devices than parameters"),
     ):
-        least, limit = _narrowest(job.cluster, getattr(states, narrow)), most[wide]
-        if least is not None and limit is not None and (least > limit or (narrow == "secondary" and least == limit)):
-            over = "parameters" if narrow == "secondary" else narrow
+        least = _narrowest(job.cluster, getattr(job.strategy.states, narrow))
+        limit = _widest(job.cluster, getattr(job.strategy.states, wide))
+        if least is not None and limit is not None and least > limit - strictly:
             yield Diagnostic(
-                key=f"strategy.states.{narrow if narrow == 'secondary' else wide}",
-                message=f"{why} {over}: {narrow} over {least} devices, {wide} over {limit}",
+                key=f"strategy.states.{key}",
+                message=f"{rule}: {narrow} over {least} devices, {wide} over {limit}",
                 suggestion=f"write fewer devices for `{narrow}`, or more for `{wide}`",
             )
 
