@@ -12,11 +12,10 @@ from shardwright import report
 from shardwright.cli.arguments import AsJson
 from shardwright.cli.files import check_drawing_target, write_atomically
 from shardwright.cli.outcome import ANSWER_IS_NO, MADE
-from shardwright.cli.schedule_input import read_times, read_timetable
-from shardwright.cli.schedule_work import DEFAULT_FAMILY, Sizes, make, replay
 from shardwright.cli.terminal import say, show, show_json
 from shardwright.report.schedule import Misfit
 
+DEFAULT_FAMILY = "zb-auto"
 HELD_BY_WEIGHT = 1.0
 """Of what F keeps, the share that a pending W holds in the emitted scripts: inputs and output gradients of the linear
 layers. Measured on blocks of a transformer with fused attention: 1.00 with a GELU MLP, in fp32 and in bf16; 0.77 and
@@ -59,6 +58,9 @@ def schedule(
       shardwright schedule --stages 4 --micro-batches 8 --family zb-v --svg v.svg
       shardwright schedule --check mine.txt --times 18.5,18.1,9.3,0.6
     """
+    from shardwright.cli.schedule_input import read_times, read_timetable
+    from shardwright.cli.schedule_work import Sizes, make, replay
+
     if svg is not None:
         check_drawing_target(svg, (".svg",), "--svg")
     if trace is not None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
-from shardwright.planner.schedules.simulator import ScheduleError
+from shardwright.planner.schedules.execution import ScheduleError
 from shardwright.planner.schedules.text import from_text
 from shardwright.planner.schedules.timetable import Action, Costs, Layout, Timetable
 from shardwright.schemas.diagnostics import Diagnostic, InputError, shown
@@ -44,11 +44,11 @@ def read_times(text: str, held_by_weight: float) -> Mapping[str, Values]:
 def _four_numbers(text: str) -> list[float]:
     parts = text.split(",")
     if len(parts) != len(_PASSES):
-        raise _wrong_option("--times", f"expected four numbers F,I,W,comm, found {len(parts)}", _WAY_OUT)
+        raise wrong_option("--times", f"expected four numbers F,I,W,comm, found {len(parts)}", _WAY_OUT)
     for name, part in zip(_PASSES, parts, strict=True):
         problem = _problem(name, _number(part))
         if problem:
-            raise _wrong_option("--times", f"{name}: {problem}, found {shown(part.strip())}", _WAY_OUT)
+            raise wrong_option("--times", f"{name}: {problem}, found {shown(part.strip())}", _WAY_OUT)
     return [float(part) for part in parts]
 
 
@@ -73,8 +73,8 @@ def _times_of_file(root: Node) -> dict[str, Values]:
         raise InputError(diagnostic(root.span, (), f"expected a mapping, found {shown(plain(root))}", _WAY_OUT))
     keys = (*_PASSES, *_OTHERS)
     problems = [
-        diagnostic(entry.key, (name,), "there is no such key", f"did you mean `{nearest(name, keys)}`?"
-                   if nearest(name, keys) else f"the keys are {join(keys, 'and')}")
+        diagnostic(entry.key, (name,), "there is no such key", f"did you mean `{near}`?"
+                   if (near := nearest(name, keys)) else f"the keys are {join(keys, 'and')}")
         for name, entry in root.value.items() if name not in keys
     ]  # fmt: skip
     problems += [
@@ -142,7 +142,7 @@ def _links(values: Values, layout: Layout) -> tuple[float, ...]:
 
 def _wrong_length(name: str, values: Sequence[float], allowed: Mapping[int, str]) -> InputError:
     expected = join([f"{count} ({says})" for count, says in allowed.items()], "or")
-    return _wrong_option("--times", f"{name}: a list of {len(values)}", f"expected {expected}")
+    return wrong_option("--times", f"{name}: a list of {len(values)}", f"expected {expected}")
 
 
 def read_limits(text: str | None, ranks: int) -> tuple[float, ...] | None:
@@ -154,9 +154,9 @@ def read_limits(text: str | None, ranks: int) -> tuple[float, ...] | None:
     if any(limit is None or not math.isfinite(limit) or limit <= 0 for limit in limits):
         message = f"expected a number above 0, found {shown(text)}"
         way_out = "the unit is what one micro-batch keeps on a whole device; 1F1B needs as many as there are stages"
-        raise _wrong_option("--memory-limit", message, way_out)
+        raise wrong_option("--memory-limit", message, way_out)
     if len(parts) not in (1, ranks):
-        raise _wrong_option("--memory-limit", f"{len(parts)} numbers for {ranks} devices", "give one, or one a device")
+        raise wrong_option("--memory-limit", f"{len(parts)} numbers for {ranks} devices", "give one, or one a device")
     found = tuple(limit for limit in limits if limit is not None)
     return found * ranks if len(found) == 1 else found
 
@@ -179,7 +179,7 @@ class Given:
     def wrong(self, error: ScheduleError) -> InputError:
         """The error with its place in the file."""
         span = self.places[error.rank][error.index]
-        return InputError(diagnostic(span, (), f"rank {error.rank}, action {error.index}: {error.message}"))
+        return InputError(diagnostic(span, (), str(error)))
 
 
 def read_timetable(path: Path) -> Given:
@@ -245,5 +245,6 @@ def _action(node: Node, key: Key) -> Action:
     return Action(*fields)
 
 
-def _wrong_option(option: str, message: str, suggestion: str) -> InputError:
+def wrong_option(option: str, message: str, suggestion: str) -> InputError:
+    """What is wrong with the value of an option, and the way out."""
     return InputError(Diagnostic(key=option, message=message, suggestion=suggestion))

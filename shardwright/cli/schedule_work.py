@@ -10,27 +10,20 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from shardwright import report
-from shardwright.cli.schedule_input import Given, Values, costs_of, read_limits
+from shardwright.cli.schedule import DEFAULT_FAMILY
+from shardwright.cli.schedule_input import Given, Values, costs_of, read_limits, wrong_option
 from shardwright.planner.schedules.bounds import lower_bound
+from shardwright.planner.schedules.execution import ScheduleError, micro_batches_of
 from shardwright.planner.schedules.families.family import DoesNotFitError, Family
-from shardwright.planner.schedules.progress import progress
-from shardwright.planner.schedules.simulator import (
-    ScheduleError,
-    Simulation,
-    micro_batches_of,
-    simulate,
-    steady_period,
-)
+from shardwright.planner.schedules.problem import TOLERANCE
+from shardwright.planner.schedules.simulator import Simulation, progress, simulate, steady_period
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.schedules.timetable import Costs, Layout, Placement
 from shardwright.report.schedule import Misfit, Schedule
-from shardwright.schemas.diagnostics import Diagnostic, InputError
+from shardwright.schemas.diagnostics import InputError
 from shardwright.schemas.expected import join, nearest
 
-DEFAULT_FAMILY = "zb-auto"
 _PLACEMENTS: tuple[Placement, ...] = ("loop", "wave")
-_SLACK = 1e-9
-"""Of memory limits, as a share: sums of floats are compared with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +40,9 @@ def make(name: str, sizes: Sizes, times: Mapping[str, Values], memory_limit: str
     family = _family(name)
     if sizes.ranks is None or sizes.micro_batches is None:
         option = "--stages" if sizes.ranks is None else "--micro-batches"
-        raise _wrong(option, "is missing", "give --stages and --micro-batches, or --check with a timetable")
+        raise wrong_option(option, "is missing", "give --stages and --micro-batches, or --check with a timetable")
     limits = read_limits(memory_limit, sizes.ranks)
-    attempts = list(_attempts(family, sizes.ranks, sizes.micro_batches, sizes.chunks, times))
+    attempts = _attempts(family, sizes.ranks, sizes.micro_batches, sizes.chunks, times)
     made = [each for each in (attempt.make(limits) for attempt in attempts) if each is not None]
     if not made:
         attempt = attempts[0]
@@ -60,25 +53,25 @@ def make(name: str, sizes: Sizes, times: Mapping[str, Values], memory_limit: str
 
 def _attempts(
     family: Family, ranks: int, micro_batches: int, chunks: int | None, times: Mapping[str, Values]
-) -> Iterator[_Attempt]:
+) -> list[_Attempt]:
     """One for each number of chunks that the family tries unless `chunks` says; those that the times are not for are
     left out, but not all. Raises InputError."""
     numbers = family.tries(ranks, micro_batches) if chunks is None and family.tries is not None else (chunks,)
-    wrong: InputError | None = None
-    found = False
+    attempts: list[_Attempt] = []
+    problems: list[InputError] = []
     for number in numbers:
         layout = _layout(family, ranks, number)
         refused = family.refuses(layout, micro_batches)
         if refused:
             message = f"{family.name} has no such schedule: {refused}"
-            raise _wrong("--family", message, "change it, or name another family")
+            raise wrong_option("--family", message, "change it, or name another family")
         try:
-            yield _Attempt(family, layout, micro_batches, costs_of(times, layout))
-            found = True
+            attempts.append(_Attempt(family, layout, micro_batches, costs_of(times, layout)))
         except InputError as error:
-            wrong = wrong or error
-    if wrong is not None and not found:
-        raise wrong
+            problems.append(error)
+    if not attempts:
+        raise problems[0]
+    return attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +90,7 @@ class _Attempt:
         except DoesNotFitError:
             return None
         simulation = simulate(timetable, self.layout, self.costs)
-        return simulation if limits is None or _fits(simulation, limits) else None
+        return None if simulation.beyond(limits) else simulation
 
     def least(self) -> tuple[float, ...]:
         """What each rank holds in the schedule of least memory: of a family that searches, under the least limit, in
@@ -132,7 +125,7 @@ def _others(attempt: _Attempt, times: Mapping[str, Values], limits: Sequence[flo
         # finds a schedule wherever one micro-batch fits.
         needed = 1.0 if search else other.memory(layout) if other.memory else inf
         made = _Attempt(other, layout, 1 if search else attempt.micro_batches, costs)
-        may_fit = needed * min(costs.activations) * layout.chunks <= min(limits) * (1 + _SLACK)
+        may_fit = needed * min(costs.activations) * layout.chunks <= min(limits) * (1 + TOLERANCE)
         if may_fit and made.make(limits) is not None:
             yield other.name
 
@@ -142,7 +135,7 @@ def _family(name: str) -> Family:
         return SCHEDULES[name]
     near, names = nearest(name, SCHEDULES), join(list(SCHEDULES), "or")
     way_out = f"did you mean {near}? It is one of {names}" if near else f"it is one of {names}"
-    raise _wrong("--family", f"there is no family '{name}'", way_out)
+    raise wrong_option("--family", f"there is no family '{name}'", way_out)
 
 
 def _layout(family: Family, ranks: int, chunks: int | None) -> Layout:
@@ -152,7 +145,7 @@ def _layout(family: Family, ranks: int, chunks: int | None) -> Layout:
         return Layout(ranks, wanted, family.placement)
     near = min(filter(family.allowed_chunks, range(1, 2 * wanted + 2)), key=lambda each: abs(each - wanted))
     message = f"{family.name} does not run with {wanted} stages on each device, but with {family.chunks_in_words}"
-    raise _wrong("--chunks", message, f"the nearest that it takes is {near}")
+    raise wrong_option("--chunks", message, f"the nearest that it takes is {near}")
 
 
 def _told(name: str, simulation: Simulation, limits: Sequence[float] | None) -> Schedule:
@@ -163,10 +156,6 @@ def _told(name: str, simulation: Simulation, limits: Sequence[float] | None) -> 
         period=steady_period(simulation.timetable, layout, costs),
         lower_bound=lower_bound(layout, costs, simulation.micro_batches, limits),
     )
-
-
-def _fits(simulation: Simulation, limits: Sequence[float]) -> bool:
-    return all(peak <= limit * (1 + _SLACK) for peak, limit in zip(simulation.peak_memory, limits, strict=True))
 
 
 def replay(
@@ -190,7 +179,7 @@ def replay(
     limits = read_limits(memory_limit, len(given.timetable))
     simulation = _run(given, layouts, times, show)
     told = _told(named or "given", simulation, limits)
-    if limits is None or _fits(simulation, limits):
+    if limits is None or not simulation.beyond(limits):
         return told
     if show:
         show(Group(report.draw_schedule(told), Text()))
@@ -205,7 +194,7 @@ def _agree(sizes: Sizes, found: Sizes) -> None:
     }
     for option, (wanted, there) in pairs.items():
         if wanted not in (None, there):
-            raise _wrong(option, f"{wanted}, but the timetable has {there}", "leave it out: the file says it")
+            raise wrong_option(option, f"{wanted}, but the timetable has {there}", "leave it out: the file says it")
 
 
 def _run(
@@ -226,7 +215,3 @@ def _run(
     if show:
         show(report.draw_stop(given.timetable, lanes, wrong))
     raise given.wrong(wrong)
-
-
-def _wrong(option: str, message: str, suggestion: str) -> InputError:
-    return InputError(Diagnostic(key=option, message=message, suggestion=suggestion))

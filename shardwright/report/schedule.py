@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 
-from shardwright.planner.schedules.progress import Lane
-from shardwright.planner.schedules.simulator import ScheduleError, Simulation, rank_work
+from shardwright.planner.schedules.execution import ScheduleError
+from shardwright.planner.schedules.simulator import Lane, Simulation
 from shardwright.planner.schedules.text import action_text
 from shardwright.planner.schedules.timetable import Action, Timetable
 from shardwright.report.layout import facts, heading, page, percent, plural
@@ -59,9 +59,7 @@ class Schedule:
     @property
     def steady_state_bubble(self) -> float:
         """The share of the steady period that the busiest rank waits."""
-        simulation = self.simulation
-        work = max(rank_work(simulation.costs, simulation.layout, simulation.micro_batches))
-        return _not_negligible(1 - work / self.period if self.period else 0.0)
+        return _not_negligible(1 - self.simulation.work / self.period if self.period else 0.0)
 
     @property
     def peak_memory(self) -> tuple[float, ...]:
@@ -212,7 +210,7 @@ class TimeGrid:
         number_width = max(4, len(str(len(self.lanes) - 1)))
         mark = f">{self.stop[1]}<" if self.stop else ""
         room = options.max_width - number_width - 1 - (peak_width + 1 if peak_width else 0)
-        end = max((lane[-1][2] for lane in self.lanes if lane), default=0.0)
+        end = max(map(_end, self.lanes), default=0.0)
         scale = _Scale(end, max(8, room - len(mark)))
         rows = scale.rows(self.lanes)
         head = f"{'rank':>{number_width}} t=0{'t=' + _number(end):>{scale.width - 3}}"

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from shardwright.planner.schedules.timetable import Action
 from shardwright.report.schedule import KINDS, Schedule, schedule_facts, schedule_title
-from shardwright.report.svg import MARK, shown
+from shardwright.report.svg import MARK, shown, text_element
 
 _STYLE = """\
 svg.shardwright { --paper: #ffffff; --ink: #1b1f24; --dim: #57606a; --line: #d0d7de; --on: #1b1f24;
@@ -56,7 +56,7 @@ class _Gantt:
         self.schedule, self.simulation = schedule, schedule.simulation
         lanes = self.simulation.ranks
         lengths = sorted(end - start for lane in lanes for _, start, end in lane if end > start)
-        self.makespan = max((lane[-1][2] for lane in lanes if lane), default=0.0) or 1.0
+        self.makespan = self.simulation.makespan or 1.0
         middle = lengths[len(lengths) // 2] if lengths else self.makespan
         self.time_width = min(_WIDEST, max(_NARROWEST, self.makespan / middle * _EACH))
         self.left = _MARGIN + 60.0
@@ -80,9 +80,9 @@ class _Gantt:
         yield f"<title>{shown(title)}</title>"
         yield f"<style>\n{_STYLE}</style>"
         yield f'<rect class="paper" width="{self.width:.0f}" height="{self.height:.0f}"/>'
-        yield _text(_MARGIN, _MARGIN + _LINE / 2, title, "title")
+        yield text_element(_MARGIN, _MARGIN + _LINE / 2, title, "title")
         for index, line in enumerate(self.facts, 1):
-            yield _text(_MARGIN, _MARGIN + _LINE * (index + 0.5), line, "dim")
+            yield text_element(_MARGIN, _MARGIN + _LINE * (index + 0.5), line, "dim")
         yield from self._legend(_MARGIN + _LINE * (len(self.facts) + 2))
         yield from self._axis()
         for rank in range(len(self.simulation.ranks)):
@@ -98,11 +98,11 @@ class _Gantt:
                 yield f'<rect x="{x:g}" y="{y - 11:g}" width="14" height="14" rx="2" fill="var(--{kind}{odd})"/>'
                 x += 16
             if shades:
-                yield _text(x + 4, y, f"{kind} {name}", "dim")
+                yield text_element(x + 4, y, f"{kind} {name}", "dim")
                 x += 7.5 * len(name) + 44
         yield f'<rect class="memory" x="{x:g}" y="{y - 11:g}" width="14" height="14"/>'
         darker = " (odd chunks: darker)" if any(odd for _, odd in actions) else ""
-        yield _text(x + 20, y, f"memory held{darker}", "dim")
+        yield text_element(x + 20, y, f"memory held{darker}", "dim")
 
     def _axis(self) -> Iterator[str]:
         """Vertical lines at round times."""
@@ -110,16 +110,16 @@ class _Gantt:
         for index in range(int(self.makespan / step * (1 + 1e-9)) + 1):
             x = self.x(index * step)
             yield f'<path class="line" d="M {x:g} {self.top - 6:g} V {self.bottom:g}"/>'
-            yield _text(x, self.bottom + _LINE, f"{index * step:g}", "dim middle")
-        yield _text(self.left + self.time_width + 10, self.top - _LINE / 2, "peak", "dim")
+            yield text_element(x, self.bottom + _LINE, f"{index * step:g}", "dim middle")
+        yield text_element(self.left + self.time_width + 10, self.top - _LINE / 2, "peak", "dim")
 
     def _rank(self, rank: int, y: float) -> Iterator[str]:
-        yield _text(self.left - 10, y + _LANE / 2 + 4, f"rank {rank}", "end")
+        yield text_element(self.left - 10, y + _LANE / 2 + 4, f"rank {rank}", "end")
         singly = sum(map(len, self.simulation.timetable)) <= _SINGLY
         yield from self._actions(rank, y) if singly else self._paths(rank, y)
         yield self._memory(rank, y + _LANE)
         peak = self.schedule.peak_memory[rank]
-        yield _text(self.left + self.time_width + 10, y + _LANE + _MEMORY - 2, f"{peak:.2f}", "dim")
+        yield text_element(self.left + self.time_width + 10, y + _LANE + _MEMORY - 2, f"{peak:.2f}", "dim")
 
     def _actions(self, rank: int, y: float) -> Iterator[str]:
         for action, start, end in self.simulation.ranks[rank]:
@@ -131,7 +131,7 @@ class _Gantt:
             label = f"{action.kind}{action.micro_batch}"
             label = label if width >= _CHARACTER * len(label) + 2 else str(action.micro_batch)
             if width >= _CHARACTER * len(label) + 2:
-                yield _text(x + width / 2, y + _LANE / 2 + 4, label, "on")
+                yield text_element(x + width / 2, y + _LANE / 2 + 4, label, "on")
 
     def _says(self, rank: int, action: Action, start: float, end: float) -> str:
         stage = self.simulation.layout.stage(rank, action.chunk)
@@ -167,7 +167,3 @@ def _round_step(least: float) -> float:
     while power > least:
         power /= 10
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
-
-
-def _text(x: float, y: float, text: str, style: str) -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{style}">{shown(text)}</text>'

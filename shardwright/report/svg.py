@@ -73,7 +73,7 @@ def shown(text: str) -> str:
     return escape(re.sub(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]", "\ufffd", text))
 
 
-def _text(x: float, y: float, text: str, style: str = "", most: int = _WIDEST) -> str:
+def text_element(x: float, y: float, text: str, style: str = "", most: int = _WIDEST) -> str:
     """A line of text; cut off with a tooltip where it is too long."""
     text = text.translate({ord(blank): " " for blank in "\t\n\r"})
     kind = f' class="{style}"' if style else ""
@@ -158,7 +158,7 @@ class _Drawing:
 
     def _parts(self) -> Iterator[str]:
         for index, line in enumerate(self._heading()):
-            yield _text(_MARGIN, _MARGIN + _LINE * (index + 0.5), line, "dim" if index else "title")
+            yield text_element(_MARGIN, _MARGIN + _LINE * (index + 0.5), line, "dim" if index else "title")
         if self.graph.frame:
             yield from self._frame(self.graph.frame)
         for index in range(len(self.graph.joints)):
@@ -169,7 +169,7 @@ class _Drawing:
         for box, place in zip(self.graph.boxes, self.places, strict=True):
             yield from self._box(box, place)
         for index, (style, text) in enumerate(self._legend()):
-            yield _text(_MARGIN, self.bottom + _LINE * (index + 1), text, style)
+            yield text_element(_MARGIN, self.bottom + _LINE * (index + 1), text, style)
 
     def _box(self, box: Box, place: _Place) -> Iterator[str]:
         yield f"<g><title>{shown(_tooltip(box))}</title>"
@@ -179,7 +179,7 @@ class _Drawing:
         )
         for row, line in enumerate(_lines(box)):
             y = place.y + _PADDING + _LINE * (row + 0.75)
-            yield _text(place.x + _PADDING, y, line, "title" if row == 0 else "", _INNER)
+            yield text_element(place.x + _PADDING, y, line, "title" if row == 0 else "", _INNER)
         yield "</g>"
 
     def _joint(self, index: int) -> Iterator[str]:
@@ -194,10 +194,10 @@ class _Drawing:
             path = f"M {x:g} {y:g} V {y + _GAP - 7:g} H {over:g} V {above - 4:g} H {end:g} V {there.y - 6:g}"
             yield _arrow(path, end, there.y)
         if joint.passes:
-            yield _text(x + 10, y + 21, joint.passes, "dim", _INNER)
+            yield text_element(x + 10, y + 21, joint.passes, "dim", _INNER)
         if joint.cut:
             yield f'<path class="cut" d="M {here.x:g} {y + 28:g} H {here.x + self.width:g}"/>'
-            yield _text(x + 10, y + 43, joint.cut, "cut", _INNER)
+            yield text_element(x + 10, y + 43, joint.cut, "cut", _INNER)
 
     def _frame(self, frame: Frame) -> Iterator[str]:
         """A frame around what repeats, in each column that it reaches."""
@@ -211,7 +211,7 @@ class _Drawing:
             )
         last = inside[-1]
         label = f"{frame.times} times"
-        yield _text(last.x, last.y + last.height + 21, label, "dim", int(self.width / 2 / _CHARACTER))
+        yield text_element(last.x, last.y + last.height + 21, label, "dim", int(self.width / 2 / _CHARACTER))
 
     def _links(self, side: _Side, sign: int) -> Iterator[tuple[str, str]]:
         """Lines beside the boxes with their marks, on the left (sign -1) or the right (1)."""
@@ -296,7 +296,7 @@ def _tag(x: float, y: float, mark: str, style: str) -> str:
     """A mark on its line, which it interrupts."""
     width = _CHARACTER * len(mark) + 4
     room = f'<rect class="paper" x="{x - width / 2:g}" y="{y - 8:g}" width="{width:g}" height="16"/>'
-    return room + _text(x - width / 2 + 2, y + 4, mark, style)
+    return room + text_element(x - width / 2 + 2, y + 4, mark, style)
 
 
 def _lanes(links: Sequence[Link]) -> list[list[Link]]:

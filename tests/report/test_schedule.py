@@ -20,8 +20,8 @@ from rich.console import Console, RenderableType
 
 from shardwright import report
 from shardwright.planner.schedules.bounds import lower_bound
-from shardwright.planner.schedules.progress import progress
-from shardwright.planner.schedules.simulator import ScheduleError, simulate, steady_period
+from shardwright.planner.schedules.execution import ScheduleError
+from shardwright.planner.schedules.simulator import progress, simulate, steady_period
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.schedules.text import from_text
 from shardwright.planner.schedules.timetable import Layout, even_costs

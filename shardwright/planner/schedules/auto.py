@@ -86,8 +86,7 @@ def search(
 
 
 def _demand_room(problem: Problem) -> None:
-    for rank, (stages, limit) in enumerate(zip(problem.stages_of, problem.limits, strict=True)):
-        needed = sum(problem.costs.activations[stage] for stage in stages)
+    for rank, (needed, limit) in enumerate(zip(problem.kept, problem.limits, strict=True)):
         if needed > limit * (1 + TOLERANCE):
             raise DoesNotFitError(
                 f"rank {rank} keeps {needed:g} for one micro-batch, more than its memory limit of {limit:g}"

@@ -149,13 +149,8 @@ def _timetables(numbered: Numbered) -> Iterator[Timetable]:
         except DoesNotFitError:
             continue
     if layout.chunks == 2 and layout.placement == "wave":
-        room = min(limit / _kept(numbered, rank) for rank, limit in enumerate(problem.limits))
+        room = min(limit / max(kept, TOLERANCE) for limit, kept in zip(problem.limits, problem.kept, strict=True))
         fitting = [block for block in blocks(layout.ranks) if block.memory <= room]
         number = min(_BLOCKS, max(_FEWEST_BLOCKS, _BLOCK_ACTIONS // (3 * numbered.size)))
         for block in fitting[: -number - 1 : -1]:
             yield from_block(layout.ranks, m, block.slots)
-
-
-def _kept(numbered: Numbered, rank: int) -> float:
-    costs = numbered.problem.costs
-    return max(sum(costs.activations[stage] for stage in numbered.problem.stages_of[rank]), TOLERANCE)

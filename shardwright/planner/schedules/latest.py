@@ -57,7 +57,7 @@ def latest_starts(problem: Problem, target: float, spacing: float) -> list[float
 
 def _fitting(problem: Problem, rank: int) -> int:
     """Whole micro-batches that fit on a rank."""
-    each = sum(problem.costs.activations[stage] for stage in problem.stages_of[rank])
+    each = problem.kept[rank]
     return problem.micro_batches if each <= 0 else int(problem.limits[rank] / each + TOLERANCE)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from shardwright.planner.schedules.simulator import ScheduleError
+from shardwright.planner.schedules.execution import ScheduleError
 from shardwright.planner.schedules.timetable import Costs, Layout, Timetable, even_costs
 
 StepKind = Literal["F", "I", "W", "B", "SEND_F", "RECV_F", "SEND_I", "RECV_I", "GATHER", "RELEASE", "REDUCE"]

@@ -30,6 +30,8 @@ class Problem:
     rank_of: tuple[int, ...]
     stages_of: tuple[tuple[int, ...], ...]
     """Of each rank, in the order of the model."""
+    kept: tuple[float, ...]
+    """Activations of one micro-batch on each rank."""
     work: tuple[float, ...]
     """Time of all actions of each rank."""
     starts: tuple[float, ...]
@@ -40,7 +42,7 @@ class Problem:
     @property
     def unit(self) -> float:
         """Activations of one micro-batch on the rank that keeps most."""
-        return max(sum(self.costs.activations[stage] for stage in stages) for stages in self.stages_of)
+        return max(self.kept)
 
     def under(self, cap: float) -> Problem:
         """The same with no rank allowed more than `cap`."""
@@ -53,7 +55,8 @@ def make_problem(layout: Layout, costs: Costs, micro_batches: int, limits: Seque
     rank_of = tuple(layout.place(stage)[0] for stage in stages)
     stages_of = tuple(tuple(s for s in stages if rank_of[s] == rank) for rank in range(layout.ranks))
     passes = [sum(times) for times in zip(costs.forward, costs.input_gradient, costs.weight_gradient, strict=True)]
-    everything = [micro_batches * sum(costs.activations[s] for s in own) for own in stages_of]
+    kept = tuple(sum(costs.activations[s] for s in own) for own in stages_of)
+    everything = tuple(micro_batches * each for each in kept)
     steps = [forward + send for forward, send in zip(costs.forward, costs.send, strict=False)]
     trips = [
         costs.forward[s] + costs.input_gradient[s] + 2 * costs.send[s - 1] for s in range(layout.stages - 1, 0, -1)
@@ -62,9 +65,10 @@ def make_problem(layout: Layout, costs: Costs, micro_batches: int, limits: Seque
         layout=layout,
         costs=costs,
         micro_batches=micro_batches,
-        limits=tuple(map(min, everything, limits)) if limits is not None else tuple(everything),
+        limits=tuple(map(min, everything, limits)) if limits is not None else everything,
         rank_of=rank_of,
         stages_of=stages_of,
+        kept=kept,
         work=tuple(micro_batches * sum(passes[s] for s in own) for own in stages_of),
         starts=tuple(accumulate(steps, initial=0.0)),
         returns=tuple(accumulate(trips, initial=0.0))[::-1],

@@ -57,6 +57,8 @@ class _Small:
         self.latest = latest_starts(problem, span * (1 - TOLERANCE), 0.0)
         self.deadline = [problem.starts[own[0]] + span * (1 - TOLERANCE) for own in problem.stages_of]
         self.limit = [limit * (1 + TOLERANCE) + TOLERANCE for limit in problem.limits]
+        self.lines = [[kind * self.stages + stage for kind in range(3) for stage in own] for own in problem.stages_of]
+        """Of each rank."""
 
     def start(self) -> _State:
         ranks, stages = len(self.limit), self.stages
@@ -97,10 +99,8 @@ class _Small:
 
     def left(self, counts: tuple[int, ...], rank: int, running: int = -1) -> float:
         """Work that a rank has yet to do, but for one action of the line that is running."""
-        lines = [kind * self.stages + stage for kind in range(3) for stage in self.problem.stages_of[rank]]
-        return sum(
-            (self.m - counts[line] - (line == running)) * self.numbered.duration[line * self.m] for line in lines
-        )
+        duration, m = self.numbered.duration, self.m
+        return sum((m - counts[line] - (line == running)) * duration[line * m] for line in self.lines[rank])
 
     def spare(self, state: _State) -> float:
         """The least time that a rank has to spare."""

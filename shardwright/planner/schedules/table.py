@@ -16,26 +16,17 @@ from shardwright.planner.schedules.families import (
     zero_bubble,
 )
 from shardwright.planner.schedules.families.family import DoesNotFitError, Family
-from shardwright.planner.schedules.simulator import simulate
+from shardwright.planner.schedules.simulator import Simulation, simulate
 from shardwright.planner.schedules.timetable import Costs, Layout, Timetable, even_costs
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 
 
 def _search(layout: Layout, micro_batches: int, costs: Costs, limits: Sequence[float] | None) -> Timetable:
-    """`auto.search`; without a limit, all micro-batches may be held at once."""
+    """`auto.search`."""
     # Imported here, for the search may draw on the families of this table.
     from shardwright.planner.schedules.auto import search
 
-    most = unlimited(layout, micro_batches, costs) if limits is None else limits
-    return search(layout, costs, micro_batches, most).timetable
-
-
-def unlimited(layout: Layout, micro_batches: int, costs: Costs) -> list[float]:
-    """Per rank the memory of all micro-batches at once, in units of `Costs.activations`: a limit that is none."""
-    return [
-        micro_batches * sum(costs.activations[layout.stage(rank, chunk)] for chunk in range(layout.chunks))
-        for rank in range(layout.ranks)
-    ]
+    return search(layout, costs, micro_batches, limits).timetable
 
 
 V_PASSES = 4096
@@ -218,23 +209,32 @@ def make_schedule(
     Raises InputError where the family has no such schedule.
     """
     family = _family(name)
+    numbers: tuple[int, ...] = (family.chunks if chunks is None else chunks,)
     if chunks is None and family.tries is not None:
         numbers = (times.stages // ranks,) if isinstance(times, Costs) else family.tries(ranks, micro_batches)
-        made = [
-            make_schedule(
-                name, ranks, micro_batches, times, held_by_weight=held_by_weight, memory_limit=memory_limit, chunks=each
-            )
-            for each in numbers
-        ]
-        return min(made, key=lambda each: simulate(each[2], each[0], each[1]).span)
-    number = family.chunks if chunks is None else chunks
-    if not family.allowed_chunks(number):
+    made = [_simulated(family, ranks, each, micro_batches, times, held_by_weight, memory_limit) for each in numbers]
+    best = min(made, key=lambda each: each.span)
+    return best.layout, best.costs, best.timetable
+
+
+def _simulated(
+    family: Family,
+    ranks: int,
+    chunks: int,
+    micro_batches: int,
+    times: tuple[float, float, float, float] | Costs,
+    held_by_weight: float,
+    memory_limit: float | Sequence[float] | None,
+) -> Simulation:
+    """Of a number of chunks."""
+    name = family.name
+    if not family.allowed_chunks(chunks):
         raise _wrong(
-            f"{name} has no schedule of {number} chunks a rank", f"Chunks of {name}: {family.chunks_in_words}."
+            f"{name} has no schedule of {chunks} chunks a rank", f"Chunks of {name}: {family.chunks_in_words}."
         )
     if ranks < 1 or micro_batches < 1:
         raise _wrong(f"{ranks} stages with {micro_batches} micro-batches", "Both must be 1 or more.")
-    layout = Layout(ranks, number, family.placement)
+    layout = Layout(ranks, chunks, family.placement)
     reason = family.refuses(layout, micro_batches)
     if reason:
         raise _wrong(f"{name} has no schedule of {micro_batches} micro-batches on {ranks} ranks: {reason}", _INSTEAD)
@@ -244,13 +244,12 @@ def make_schedule(
         timetable = family.make(layout, micro_batches, costs, limits)
     except DoesNotFitError as error:
         raise _wrong(f"{name}: {error}", _MORE_MEMORY) from error
-    if limits is not None:
-        peaks = simulate(timetable, layout, costs).peak_memory
-        over = [rank for rank in range(ranks) if peaks[rank] > limits[rank] * (1 + 1e-9)]
-        if over:
-            held, limit = peaks[over[0]], limits[over[0]]
-            raise _wrong(f"{name} holds {held:.4g} on rank {over[0]}, over the limit of {limit:.4g}", _MORE_MEMORY)
-    return layout, costs, timetable
+    simulation = simulate(timetable, layout, costs)
+    over = simulation.beyond(limits)
+    if limits is not None and over:
+        held, limit = simulation.peak_memory[over[0]], limits[over[0]]
+        raise _wrong(f"{name} holds {held:.4g} on rank {over[0]}, over the limit of {limit:.4g}", _MORE_MEMORY)
+    return simulation
 
 
 _INSTEAD = "Choose another number of micro-batches, or another schedule."

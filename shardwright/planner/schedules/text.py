@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from shardwright.planner.schedules.simulator import ScheduleError
+from shardwright.planner.schedules.execution import ScheduleError
 from shardwright.planner.schedules.timetable import Action, Layout, Timetable
 
 _ACTION = re.compile(r"(?:([0-9]+):)?([FIWB])([0-9]+)", re.ASCII)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from shardwright.planner.schedules.execution import ScheduleError
 from shardwright.planner.schedules.lowering import Edge, Graph, Program, Step, StepKind, Value, neighbours
-from shardwright.planner.schedules.simulator import ScheduleError
 from shardwright.planner.schedules.timetable import Layout
 
 

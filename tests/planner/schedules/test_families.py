@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from shardwright.planner.schedules.families.family import Family
 from shardwright.planner.schedules.families.units import in_units
+from shardwright.planner.schedules.problem import make_problem
 from shardwright.planner.schedules.simulator import check, rank_work, simulate, steady_period
-from shardwright.planner.schedules.table import SCHEDULES, make_schedule, unlimited
+from shardwright.planner.schedules.table import SCHEDULES, make_schedule
 from shardwright.planner.schedules.text import from_text, to_text
 from shardwright.planner.schedules.timetable import Costs, Layout
 from shardwright.schemas.diagnostics import InputError
@@ -77,7 +78,7 @@ def test_keeps_a_limit_or_says_that_it_cannot(name: str, data: st.DataObject) ->
         made = make_schedule(name, layout.ranks, micro_batches, costs, chunks=layout.chunks, memory_limit=limits)
     except InputError:
         # The zero-bubble searches can always run one micro-batch after the other; the others need more.
-        needed = unlimited(layout, 1 if name.startswith("zb") else micro_batches, costs)
+        needed = make_problem(layout, costs, 1 if name.startswith("zb") else micro_batches, None).limits
         assert any(limit < most for limit, most in zip(limits, needed, strict=True))
         event("does not fit")
         return

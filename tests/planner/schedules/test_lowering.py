@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.pipeline_orders import random_timetable
 
+from shardwright.planner.schedules.execution import ScheduleError
 from shardwright.planner.schedules.lowering import Edge, Gathers, Program, Step, lower, neighbours
-from shardwright.planner.schedules.simulator import ScheduleError
 from shardwright.planner.schedules.timetable import Action, Layout, Placement, Timetable, even_costs
 from shardwright.planner.schedules.verification import verify
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwright.planner.schedules.progress import progress
-from shardwright.planner.schedules.simulator import simulate
+from shardwright.planner.schedules.simulator import progress, simulate
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.schedules.text import from_text, to_text
 from shardwright.planner.schedules.timetable import Layout, even_costs

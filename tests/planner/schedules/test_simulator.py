@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.planner.schedules.simulator import ScheduleError, check, rank_work, simulate, steady_period
+from shardwright.planner.schedules.execution import ScheduleError
+from shardwright.planner.schedules.simulator import check, rank_work, simulate, steady_period
 from shardwright.planner.schedules.table import make_schedule
 from shardwright.planner.schedules.text import from_text
 from shardwright.planner.schedules.timetable import Action, Costs, Layout, Timetable, even_costs

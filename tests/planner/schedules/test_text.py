@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.planner.schedules.simulator import ScheduleError
+from shardwright.planner.schedules.execution import ScheduleError
 from shardwright.planner.schedules.table import make_schedule
 from shardwright.planner.schedules.text import from_text, to_text, to_torch_csv
 from shardwright.planner.schedules.timetable import Action

@@ -31,9 +31,7 @@ def zeropp(layout: Layout, micro_batches: int, costs: Costs, limits: Sequence[fl
         for warm_up, late in _SHAPES:
             timetable = in_units(layout, micro_batches, unit, warm_up, late)
             simulation = simulate(timetable, layout, costs)
-            if limits is not None and any(
-                peak > limit * (1 + 1e-9) for peak, limit in zip(simulation.peak_memory, limits, strict=True)
-            ):
+            if simulation.beyond(limits):
                 continue
             # As fast counts for a larger unit, not for a longer warm-up, which only holds more.
             allowance = 1e-9 if best is not None and unit > best[1] else -1e-9

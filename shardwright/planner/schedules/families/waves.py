@@ -18,10 +18,7 @@ def hanayo(layout: Layout, micro_batches: int, costs: Costs, limits: Sequence[fl
     best: tuple[float, Timetable] | None = None
     for timetable in _candidates(layout, micro_batches, costs):
         simulation = simulate(timetable, layout, costs)
-        fits = limits is None or all(
-            peak <= limit * (1 + 1e-9) for peak, limit in zip(simulation.peak_memory, limits, strict=True)
-        )
-        if fits and (best is None or simulation.span < best[0] * (1 - 1e-9)):
+        if not simulation.beyond(limits) and (best is None or simulation.span < best[0] * (1 - 1e-9)):
             best = simulation.span, timetable
     if best is None:
         raise DoesNotFitError("waves do not fit into this memory")

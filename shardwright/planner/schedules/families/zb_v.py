@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
+from shardwright.planner.schedules.families.clocks import Clocks
 from shardwright.planner.schedules.families.family import DoesNotFitError
 from shardwright.planner.schedules.timetable import Action, Costs, Kind, Layout, Timetable
 
@@ -72,8 +73,8 @@ class _Flags(NamedTuple):
     cannot wait for each other's memory. For limits, or activations, with which the other runs come to a halt."""
 
 
-class _Run:
-    """One run of the heuristic; actions are put one after the other, with their times."""
+class _Run(Clocks):
+    """One run of the heuristic."""
 
     def __init__(
         self,
@@ -84,13 +85,10 @@ class _Run:
         flags: _Flags,
         allowance: Sequence[float] | None,
     ) -> None:
+        super().__init__(limits)
         ranks = layout.ranks
         self.micro_batches, self.ranks, self.last = micro_batches, ranks, ranks - 1
-        self.limits = [limit * (1 + 1e-9) for limit in limits]
         self.flags = flags
-        self.orders: list[list[Action]] = [[] for _ in range(ranks)]
-        self.clocks, self.idle, self.memory, self.began = ([0.0] * ranks for _ in range(4))
-        self.idlest = 0.0
         self.pending: list[deque[tuple[int, int]]] = [deque() for _ in range(ranks)]
         self.ends = [[list[float]() for _ in range(ranks)] for _ in _KINDS]
         stages = [[layout.stage(rank, chunk) for chunk in (0, 1)] for rank in range(ranks)]
@@ -103,11 +101,6 @@ class _Run:
             [each[of_rank[chunk]] for of_rank in stages] for each, chunk in zip(passes, _CHUNKS, strict=True)
         ]
         self.floors = [0.0 if allowance is None else max(allowance) - each for each in allowance or self.clocks]
-
-    @property
-    def span(self) -> float:
-        """The longest of the ranks."""
-        return max(clock - began for clock, began in zip(self.clocks, self.began, strict=True))
 
     def fill(self) -> None:
         """The whole schedule."""
@@ -162,27 +155,15 @@ class _Run:
         kind, chunk, index = _KINDS[leg], _CHUNKS[leg], len(ends)
         if arrives is None:
             raise DoesNotFitError("an input is not there")
-        start = max(self.clocks[rank], arrives)
-        if self.orders[rank]:
-            self.idle[rank] += start - self.clocks[rank]
-            self.idlest = max(self.idlest, self.idle[rank])
-        else:
-            self.began[rank] = start
         kept, held = self.kept[rank][chunk], self.held[rank][chunk]
-        self.memory[rank] += kept if kind == "F" else held - kept
-        if self.memory[rank] > self.limits[rank]:
-            raise DoesNotFitError("memory is full")
-        self.orders[rank].append(Action(kind, chunk, index))
-        self.clocks[rank] = start + self.durations[leg][rank]
-        ends.append(self.clocks[rank])
+        adds = kept if kind == "F" else held - kept
+        ends.append(self.run(rank, Action(kind, chunk, index), arrives, self.durations[leg][rank], adds))
         if kind == "I":
             self.pending[rank].append((chunk, index))
 
     def _put_weight(self, rank: int) -> None:
         chunk, index = self.pending[rank].popleft()
-        self.memory[rank] -= self.held[rank][chunk]
-        self.orders[rank].append(Action("W", chunk, index))
-        self.clocks[rank] += self.weights[rank][chunk]
+        self.run(rank, Action("W", chunk, index), 0.0, self.weights[rank][chunk], -self.held[rank][chunk])
 
     def _put_in_wait(self, rank: int, leg: int, fill: bool) -> None:
         """W's in the time until the input is there, then the action. `fill`: also one for which the time is too short,

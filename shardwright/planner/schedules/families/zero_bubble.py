@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
+from shardwright.planner.schedules.families.clocks import Clocks
 from shardwright.planner.schedules.families.family import DoesNotFitError
 from shardwright.planner.schedules.timetable import Action, Costs, Kind, Layout, Timetable
 
@@ -64,17 +65,14 @@ class _Flags(NamedTuple):
     """Whether a W fills a wait that is shorter even if waiting would not make this rank the idlest."""
 
 
-class _Run:
-    """One run of the heuristic; actions are put one after the other, with their times."""
+class _Run(Clocks):
+    """One run of the heuristic."""
 
     def __init__(self, costs: Costs, micro_batches: int, limits: Sequence[float], flags: _Flags) -> None:
+        super().__init__(limits)
         ranks = costs.stages
         self.costs, self.micro_batches, self.flags, self.ranks = costs, micro_batches, flags, ranks
-        self.limits = [limit * (1 + 1e-9) for limit in limits]
         self.send = [*costs.send, 0.0]
-        self.orders: list[list[Action]] = [[] for _ in range(ranks)]
-        self.clocks, self.idle, self.memory, self.began = ([0.0] * ranks for _ in range(4))
-        self.idlest = 0.0
         self.ends: dict[Kind, list[list[float]]] = {"F": [], "I": [], "W": []}
         for ends in self.ends.values():
             ends += ([] for _ in range(ranks))
@@ -89,11 +87,6 @@ class _Run:
             "I": [held - kept for held, kept in zip(costs.held_by_weight, costs.activations, strict=True)],
             "W": [-held for held in costs.held_by_weight],
         }
-
-    @property
-    def span(self) -> float:
-        """The longest of the ranks."""
-        return max(clock - began for clock, began in zip(self.clocks, self.began, strict=True))
 
     def fill(self) -> None:
         """The whole schedule."""
@@ -123,18 +116,8 @@ class _Run:
         ends = self.ends[kind][rank]
         if kind == "I" and len(ends) >= len(self.forwards[rank]):
             raise DoesNotFitError("memory holds too few F's for an I a round")
-        start = self.clocks[rank] if kind == "W" else max(self.clocks[rank], self._arrival(rank, kind))
-        if self.orders[rank]:
-            self.idle[rank] += start - self.clocks[rank]
-            self.idlest = max(self.idlest, self.idle[rank])
-        else:
-            self.began[rank] = start
-        self.memory[rank] += self.adds[kind][rank]
-        if self.memory[rank] > self.limits[rank]:
-            raise DoesNotFitError("memory is full")
-        self.orders[rank].append(Action(kind, 0, len(ends)))
-        self.clocks[rank] = start + self.durations[kind][rank]
-        ends.append(self.clocks[rank])
+        action, takes, adds = Action(kind, 0, len(ends)), self.durations[kind][rank], self.adds[kind][rank]
+        ends.append(self.run(rank, action, self._arrival(rank, kind), takes, adds))
 
     def _flush(self, rank: int) -> None:
         while len(self.weights[rank]) < len(self.inputs[rank]):
