@@ -39,6 +39,8 @@ class Observer:
         self._folder = folder
         self._step = 0
         self._model: nn.Module | None = None
+        self._sharded: Any = None
+        """Its `ShardedStates`, if it has such."""
         self._drawn = False
         self._generator_after_step = torch.get_rng_state()
         self._handle = register_module_forward_pre_hook(self._first_forward)
@@ -51,6 +53,7 @@ class Observer:
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._step == 0:
+            self._sharded = sharded_states()
             self._save_weights("initial")
         self._drawn |= random_numbers_drawn(self._generator_after_step)
 
@@ -64,7 +67,7 @@ class Observer:
 
     def _save_findings(self, optimizer: Optimizer) -> None:
         findings = {
-            "at_rest": at_rest([value for _, value in self._named_parameters()], optimizer, sharded_states()),
+            "at_rest": at_rest([value for _, value in self._named_parameters()], optimizer, self._sharded),
             "collectives": [[*call, count] for call, count in sorted(self._collectives.calls.items())],
             "unseen_collectives": self._collectives.unseen,
             "random_numbers_drawn": self._drawn,
@@ -73,7 +76,7 @@ class Observer:
 
     def _save_weights(self, when: str) -> None:
         """Whole tensors by name; every process takes part, because sharded ones are gathered."""
-        whole = whole_values(dict(self._named_parameters()), sharded_states())
+        whole = whole_values(dict(self._named_parameters()), self._sharded)
         if self._rank == 0:
             torch.save(whole, self._folder / f"{when}.pt")
 

@@ -74,6 +74,7 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
     )
     sizes: list[tuple[str, Any, Any]] = [
         *_layout_changes(decision, mesh),
+        *_second_change(decision, mesh),
         ("decision.micro_batch", decision.micro_batch, micro_batch),
         ("decision.accumulation", decision.accumulation, accumulation),
         ("train.sequence_length", job.train.sequence_length, train.sequence_length),
@@ -148,8 +149,7 @@ def reference(small: SmallJob, optimizer: OptimizerSpec, precision: Precision, m
 def _layout_changes(decision: Decision, mesh: SmallMesh) -> list[tuple[str, Any, Any]]:
     """Sizes before and after; amsp's axes are counted anew where one has vanished, so they are told together."""
     if not ENGINES[decision.engine.name].flat:
-        axes = [(f"decision.mesh.{axis.name}", axis.size, mesh.axes[axis.name]) for axis in decision.mesh.axes]
-        return [*axes, *_second_change(decision, mesh)]
+        return [(f"decision.mesh.{axis.name}", axis.size, mesh.axes[axis.name]) for axis in decision.mesh.axes]
     before, after = [axis.size for axis in decision.mesh.axes], [size for size in mesh.axes.values() if size > 1]
     states = {name: getattr(decision.states, name) for name in ("parameters", "gradients", "optimizer_states")}
     return [
@@ -158,7 +158,6 @@ def _layout_changes(decision: Decision, mesh: SmallMesh) -> list[tuple[str, Any,
             (f"decision.states.{name}.degree", state.degree, mesh.degree(state.degree))
             for name, state in states.items()
         ),
-        *_second_change(decision, mesh),
     ]
 
 

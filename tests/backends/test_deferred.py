@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue, compute, defer_weight_gradients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Block(nn.Module):

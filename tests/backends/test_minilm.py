@@ -48,8 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"folder": str(script), "argv": argv, "ends": "done"}
         for argv in (["--steps", "0"], ["--resume", "--steps", "2"])
     ]
-    codes = run_forked([(2, runs)], folder, ["transformers.models.bert.modeling_bert"])
-    assert codes == [[0, 0]], (folder / "log-2-0.txt").read_text()[-4000:]
+    run_forked([(2, runs)], folder, ["transformers.models.bert.modeling_bert"])
     assert outcomes(script) == ["done", "done"]
     return script
 

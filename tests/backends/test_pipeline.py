@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import pytest
 import torch
-from support.launch import run_forked
+from support.launch import results_of
 from support.pipeline_model import CLIP, FEATURES, edges_of
 from support.pipeline_orders import random_timetable
 from support.pipeline_reference import Trained, train_in_bf16, train_plainly
@@ -18,7 +17,7 @@ from shardwright.planner.schedules.simulator import simulate
 from shardwright.planner.schedules.table import SCHEDULES, make_schedule
 from shardwright.planner.schedules.timetable import Action, Costs, Layout, Placement, Timetable
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 BOUND = 2e-6
 """Largest difference of a parameter in fp32, by the order of sums."""
@@ -116,34 +115,17 @@ LAUNCHES = {2: TWO, 4: [*FOUR, *BF16, *FAULTS], 8: EIGHT}
 RIGHT = [(world, case) for world, cases in LAUNCHES.items() for case in cases if not {"fault", "dtype"} & set(case)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each process found, by the number of processes and then by the name of the run."""
     folder = tmp_path_factory.mktemp("pipeline")
     launches = list(LAUNCHES.items())
     assert all(len({case["name"] for case in cases}) == len(cases) for cases in LAUNCHES.values())
-    codes = run_forked(launches, folder, ["pipeline_model"], timeout=400, program="pipeline_worker")
-    logs = {world: (folder / f"log-{world}-0.txt").read_text()[-3000:] for world in LAUNCHES}
-    assert codes == [[0] * world for world in LAUNCHES], logs
-    return {
-        world: [json.loads((folder / f"runs-{number}-{rank}.json").read_text()) for rank in range(world)]
-        for number, (world, _) in enumerate(launches)
-    }
+    return dict(zip(LAUNCHES, results_of(launches, folder, "pipeline_model", "pipeline_worker"), strict=True))
 
 
 def reference(case: dict[str, Any]) -> Trained:
-    copies = 1
-    for size in case["sizes"][1:]:
-        copies *= size
+    copies = prod(case["sizes"][1:])
     stages = case["sizes"][0] * case["chunks"]
     features = tuple(each for each in case["features"] if each != "checkpointing")
     return train_plainly(stages, case["micro_batches"], copies, case["passes"], case["clips"], features)

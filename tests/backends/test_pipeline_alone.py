@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,22 +14,17 @@ from support.pipeline_reference import run
 from torch import Tensor
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue, defer_weight_gradients
-from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Wire, gradient_norm
+from shardwright.backends.pytorch.runtime.gradients import norm_over_groups
+from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Wire
 from shardwright.backends.pytorch.runtime.replicas import Replicas
 from shardwright.planner.schedules.lowering import lower
 from shardwright.planner.schedules.timetable import Layout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYOUT = Layout(1, 4, "wave")
 FEATURES = ("skips", "dropout", "tied")
 COUNT = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def program() -> list[Step]:
@@ -81,7 +75,7 @@ def test_gradients_and_loss_are_those_of_the_plain_loop(passes: int) -> None:
         found = parameters[name].grad
         assert found is not None
         torch.testing.assert_close(found, passes * expected, atol=2e-6, rtol=1e-5)
-    norm = gradient_norm(set(parameters.values()), (), torch.device("cpu"))
+    norm = norm_over_groups(set(parameters.values()), (), torch.device("cpu"))
     whole = torch.stack([each.norm() for name, each in gradients.items() if name != "3.head.1.weight"]).norm()
     assert float(norm) == pytest.approx(passes * float(whole), rel=1e-5)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from support.launch import run_forked
+from support.launch import results_of
 from support.states_model import CLIP, FEATURES, OPTIMIZERS
 from support.states_reference import (
     BOUNDS,
@@ -23,7 +20,7 @@ from support.states_reference import (
 
 from shardwright.planner.flat import chain
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 WORLD = 4
 FAULTS = ("scale", "lost micro-batch", "stale bucket", "wrong group")
@@ -51,30 +48,13 @@ ODD = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes compute: with more threads, products of bf16 numbers are summed in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found, by the name of the run."""
     folder = tmp_path_factory.mktemp("states")
     driven = [each | {"name": f"driven {each['name']}", "driven": True} for each in DRIVEN]
     listed = [*RUNS, *FAULTY, *driven, COMPILED, *ODD]
-    codes = run_forked([(WORLD, listed)], folder, ["states_model"], timeout=400, program="states_worker")
-    assert codes == [[0] * WORLD], (folder / f"log-{WORLD}-0.txt").read_text()[-3000:]
-    return [json.loads((folder / f"runs-0-{rank}.json").read_text()) for rank in range(WORLD)]
-
-
-@pytest.fixture(scope="module")
-def plain() -> dict[str, Any]:
-    """Parameters and gradient norms of one process that trains on every batch, by optimizer."""
-    return {name: train_plainly(name, WORLD) for name in OPTIMIZERS}
+    return results_of([(WORLD, listed)], folder, "states_model", "states_worker")[0]
 
 
 def names(cases: list[dict[str, Any]]) -> list[str]:
@@ -85,8 +65,8 @@ EXACT = [*(each for each in RUNS if each["dtype"] == "float32"), COMPILED]
 
 
 @pytest.mark.parametrize("case", EXACT, ids=names(EXACT))
-def test_equals_one_process(case: dict[str, Any], results: Any, plain: Any) -> None:
-    found, (parameters, norms) = results[0][case["name"]], plain[case["optimizer"]]
+def test_equals_one_process(case: dict[str, Any], results: Any) -> None:
+    found, (parameters, norms) = results[0][case["name"]], train_plainly(case["optimizer"], WORLD)
     assert found["norms"] == pytest.approx(norms, rel=1e-6)
     assert min(norms) > CLIP, "clipping acts in every step"
     assert difference(found["parameters"], parameters) < BOUNDS[case["optimizer"]]
@@ -111,7 +91,7 @@ def test_a_list_of_actions_equals_the_hooks_to_the_bit(case: dict[str, Any], res
 
 @pytest.mark.parametrize("case", ODD, ids=names(ODD))
 def test_odd_models_equal_one_process(case: dict[str, Any], results: Any) -> None:
-    parameters, norms = train_plainly(case["optimizer"], WORLD, case["features"])
+    parameters, norms = train_plainly(case["optimizer"], WORLD, tuple(case["features"]))
     found = results[0][case["name"]]
     assert found["norms"] == pytest.approx(norms, rel=1e-6)
     assert difference(found["parameters"], parameters) < BOUNDS[case["optimizer"]]
@@ -135,8 +115,8 @@ def test_collectives_are_the_planners(case: dict[str, Any], results: Any) -> Non
         assert found[case["name"]]["calls"] == planned_calls(case)
 
 
-def test_every_planted_fault_shows(results: Any, plain: Any) -> None:
-    parameters, norms = plain["sgd"]
+def test_every_planted_fault_shows(results: Any) -> None:
+    parameters, norms = train_plainly("sgd", WORLD)
     for fault in FAULTS:
         found = results[0][fault]
         off = max(abs(one / other - 1) for one, other in zip(found["norms"], norms, strict=True))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
 import pytest
-import torch
-from support.launch import run_forked
-from support.states_model import CLIP, OPTIMIZERS
+from support.launch import results_of
+from support.states_model import CLIP
 from support.states_reference import (
     BOUNDS,
     difference,
@@ -22,7 +19,7 @@ from support.states_reference import (
     train_plainly,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 WORLD = 8
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -47,35 +44,16 @@ QUANTIZED = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes compute: with more threads, products of bf16 numbers are summed in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found, by the name of the run."""
     folder = tmp_path_factory.mktemp("states")
-    codes = run_forked(
-        [(WORLD, [*EXACT, *BF16, *QUANTIZED])], folder, ["states_model"], timeout=400, program="states_worker"
-    )
-    assert codes == [[0] * WORLD], (folder / f"log-{WORLD}-0.txt").read_text()[-3000:]
-    return [json.loads((folder / f"runs-0-{rank}.json").read_text()) for rank in range(WORLD)]
-
-
-@pytest.fixture(scope="module")
-def plain() -> dict[str, Any]:
-    """Parameters and gradient norms of one process that trains on every batch, by optimizer."""
-    return {name: train_plainly(name, WORLD) for name in OPTIMIZERS}
+    return results_of([(WORLD, [*EXACT, *BF16, *QUANTIZED])], folder, "states_model", "states_worker")[0]
 
 
 @pytest.mark.parametrize("case", EXACT, ids=[case["name"] for case in EXACT])
-def test_equals_one_process(case: dict[str, Any], results: Any, plain: Any) -> None:
-    found, (parameters, norms) = results[0][case["name"]], plain[case["optimizer"]]
+def test_equals_one_process(case: dict[str, Any], results: Any) -> None:
+    found, (parameters, norms) = results[0][case["name"]], train_plainly(case["optimizer"], WORLD)
     assert found["norms"] == pytest.approx(norms, rel=1e-6)
     assert min(norms) > CLIP, "clipping acts in every step"
     assert difference(found["parameters"], parameters) < BOUNDS[case["optimizer"]]
@@ -98,8 +76,8 @@ def test_what_travels_in_fewer_bits_is_off_within_the_bound(case: dict[str, Any]
 
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=[case["name"] for case in QUANTIZED])
-def test_fewer_bits_train_alike_and_send_what_is_planned(case: dict[str, Any], results: Any, plain: Any) -> None:
-    found, (parameters, norms) = results[0][case["name"]], plain["sgd"]
+def test_fewer_bits_train_alike_and_send_what_is_planned(case: dict[str, Any], results: Any) -> None:
+    found, (parameters, norms) = results[0][case["name"]], train_plainly("sgd", WORLD)
     assert found["norms"] == pytest.approx(norms, rel=0.05)
     assert found["norms"] != pytest.approx(norms, rel=1e-5)
     assert difference(found["parameters"], parameters) < 0.05

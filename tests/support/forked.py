@@ -8,6 +8,7 @@ line; what they print goes to `log-WORLD-RANK.txt` beside the list.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import os
@@ -21,8 +22,8 @@ from typing import Any
 
 SLOW_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
 """What torch itself would import in every process: the first when an optimizer is made."""
-LONGEST_LAUNCH_S = 100
-"""After so many seconds SIGALRM ends a process that still waits for another."""
+LONGEST_S = 100
+"""After so many seconds a process that still waits for another says where, and ends; a program may have its own."""
 
 
 def main() -> None:
@@ -56,10 +57,10 @@ def fork(program: ModuleType, launch: dict[str, Any], rank: int, spec: Path) -> 
     child = os.fork()
     if child:
         return child
-    signal.alarm(LONGEST_LAUNCH_S)
     log = os.open(spec.with_name(f"log-{launch['world']}-{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.dump_traceback_later(getattr(program, "LONGEST_S", LONGEST_S), exit=True)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(launch["world"])}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch["port"])}
     sys.argv = [program.__name__, str(spec)]

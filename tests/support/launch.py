@@ -83,8 +83,8 @@ def run_forked(
     modules: Sequence[str],
     timeout: float = 240,
     program: str = "worker",
-) -> list[list[int]]:
-    """As `run_all`, for several (processes, runs) one after another that import `modules`; the exit codes of each."""
+) -> None:
+    """As `run_all`, for several (processes, runs) one after another that import `modules`; all must end well."""
     ports = free_ports(len(launches))
     listed = [{"world": world, "runs": runs, "port": port} for (world, runs), port in zip(launches, ports, strict=True)]
     spec = folder / "launches.json"
@@ -93,7 +93,20 @@ def run_forked(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    codes = [json.loads(line) for line in done.stdout.splitlines()]
+    for (world, _), found in zip(launches, codes, strict=True):
+        assert found == [0] * world, (folder / f"log-{world}-0.txt").read_text()[-4000:]
+
+
+def results_of(
+    launches: Sequence[tuple[int, Sequence[dict[str, Any]]]], folder: Path, model: str, program: str
+) -> list[list[dict[str, Any]]]:
+    """`run_forked` with a program and the module of its model: what each process of each launch wrote of its runs."""
+    run_forked(launches, folder, [model], timeout=400, program=program)
+    return [
+        [json.loads((folder / f"runs-{number}-{rank}.json").read_text()) for rank in range(world)]
+        for number, (world, _) in enumerate(launches)
+    ]
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

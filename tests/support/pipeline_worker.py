@@ -8,12 +8,12 @@ optionally `degrees` (of parameters, gradients and optimizer states; else gradie
 
 from __future__ import annotations
 
-import faulthandler
 import functools
 import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue, defer_weight_gradients
-from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Tie, Wire, gradient_norm
+from shardwright.backends.pytorch.runtime.gradients import norm_over_groups
+from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Tie, Wire
 from shardwright.backends.pytorch.runtime.replicas import Replicas
 from shardwright.backends.pytorch.runtime.states import Levels, ShardedStates
 from shardwright.planner.schedules.lowering import Gathers, Program, lower
@@ -49,7 +50,7 @@ from shardwright.planner.schedules.timetable import Action, Layout
 from shardwright.planner.schedules.verification import verify
 
 LONGEST_S = 90
-"""After so many seconds a process that still waits for another says where, and ends."""
+"""For `forked.py`: the longest that a process may take."""
 CPU = torch.device("cpu")
 
 
@@ -61,10 +62,8 @@ class Setting:
     mesh: DeviceMesh
 
     def __post_init__(self) -> None:
-        run, self.rank, self.copies = self.run, self.mesh.get_local_rank("pp"), 1
+        run, self.rank, self.copies = self.run, self.mesh.get_local_rank("pp"), prod(self.run["sizes"][1:])
         self.features = tuple(run["features"])
-        for size in run["sizes"][1:]:
-            self.copies *= size
         names = self.mesh.mesh_dim_names or ()
         self.axes = names[1:]
         self.copy = 0
@@ -188,7 +187,7 @@ def train(run: dict[str, Any], mesh: DeviceMesh, pairs: dist.ProcessGroup | None
                 found = pipeline.step(own, last=number == run["passes"] - 1)
             total += 0.0 if found is None else float(found)
         losses.append(total)
-        norm = gradient_norm(parameters_in(optimizer, counted=True), setting.norm_groups(), CPU)
+        norm = norm_over_groups(parameters_in(optimizer, counted=True), setting.norm_groups(), CPU)
         norms.append(float(norm))
         if run["clips"]:
             nn.utils.clip_grads_with_norm_(parameters_in(optimizer), CLIP, norm)
@@ -251,7 +250,6 @@ def mesh_of(sizes: tuple[int, ...]) -> tuple[DeviceMesh, dist.ProcessGroup | Non
 def main() -> None:
     listed = Path(sys.argv[1])
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     dist.init_process_group("gloo")
     results = {}
     for run in json.loads(listed.read_text()):
@@ -264,7 +262,3 @@ def main() -> None:
     listed.with_name(f"{listed.stem}-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -225,5 +225,3 @@ def main() -> None:
     spec.with_name(f"{place}-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-    # gloo's threads free their last tensors with the interpreter's lock, and abort if the interpreter ends meanwhile.
-    time.sleep(0.2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -50,8 +51,9 @@ def run(
     return {"name": name, "sizes": sizes, "degrees": [*degrees, second], **base}
 
 
+@functools.cache
 def train_plainly(
-    optimizer_name: str, world: int, features: Sequence[str] | None = None
+    optimizer_name: str, world: int, features: tuple[str, ...] | None = None
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Parameters and gradient norms of one process that trains on every batch."""
     model = build(features=features)

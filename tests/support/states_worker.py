@@ -10,11 +10,8 @@ errors where fewer bits travel, and, from rank 0, the parameters.
 
 from __future__ import annotations
 
-import faulthandler
 import json
-import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +42,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from shardwright.backends.pytorch.runtime.states import Levels, ShardedStates
 
 LONGEST_S = 200
-"""After so many seconds a process that still waits for another says where, and ends."""
+"""For `forked.py`: the longest that a process may take."""
 
 
 @contextmanager
@@ -79,14 +76,13 @@ def at_rest(states: ShardedStates, optimizer: torch.optim.Optimizer) -> dict[str
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
     buckets = [bucket for unit in states.units for bucket in unit]
-    runs = [run.parameter for bucket in buckets if bucket.trainable for run in bucket.runs]
     values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     whole = total([bucket.whole for bucket in buckets])
     return {
         "parameters": total([bucket.shard for bucket in buckets]),
         "gathered": whole if states.levels.parameters else 0,
         "master": total([bucket.master for bucket in buckets]) if states.dtype != torch.float32 else 0,
-        "gradients": total([run.grad for run in runs if run.grad is not None]),
+        "gradients": total([each.grad for each in states.parameters() if each.grad is not None]),
         "optimizer_states": total([value for value in values if value.dim()]),
     }
 
@@ -249,8 +245,6 @@ def train_three_numbers(mesh: Any) -> list[float]:
 
 
 def main() -> None:
-    signal.alarm(0)
-    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     spec = Path(sys.argv[1])
@@ -268,4 +262,3 @@ def main() -> None:
     spec.with_name(f"{spec.stem}-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-    time.sleep(0.2)

@@ -39,7 +39,7 @@ class Place:
 
 
 class Bucket:
-    """The trainable (or the frozen) parameters of one unit; see the notes above."""
+    """The trainable (or the frozen) parameters of one unit; see the notes in `levels.py`."""
 
     def __init__(
         self,

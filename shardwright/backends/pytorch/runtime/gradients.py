@@ -1,20 +1,36 @@
-"""The norm of the whole gradient, whether each process holds all of it or a shard."""
+"""The norm of the whole gradient, whether each process holds all of it or a part."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The L2 norm over the gradients of all parameters, a scalar on the device.
+    """The L2 norm over the gradients of all parameters, whole tensors or `DTensor`s: a scalar on the device.
 
     Over shards it takes one all-reduce of one fp32 number per gradient. `torch.nn.utils.clip_grads_with_norm_` takes it
     from here.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = _norm(parameters)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def norm_over_groups(parameters: Iterable[Tensor], groups: Iterable[dist.ProcessGroup], device: torch.device) -> Tensor:
+    """The same where each process holds plain tensors of its own, or none at all: one all-reduce a group.
+
+    `parameters`: of this process, those that no other process counts: of tied copies, one rank's. `groups`: over which
+    processes hold different ones: the axes that optimizer states are sharded over, and a pipeline's.
+    """
+    total = _norm(parameters).to(device).square()
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def _norm(parameters: Iterable[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .buckets import Bucket, Place, Run
 from .held import STOCK, Held, HeldState, scalar_state
 from .index import Stored
-from .pieces import Box, flat_boxes
+from .pieces import Box, flat_boxes, turn
 from .states import ShardedStates
 from .tensorfile import FormatError
 
@@ -145,8 +145,5 @@ def _stretch(bucket: Bucket, place: Place, low: int, size: int) -> _Stretch:
 
 def _replica(bucket: Bucket) -> tuple[int, int]:
     """(which, of how many) processes that have the same slice."""
-    levels, which, count = bucket.levels, 0, 1
-    outer = slice(bucket.levels.optimizer_states, None)
-    for size, rank in zip(levels.sizes[outer], levels.ranks[outer], strict=True):
-        which, count = which * size + rank, count * size
-    return which, count
+    levels, outer = bucket.levels, slice(bucket.levels.optimizer_states, None)
+    return turn(zip(levels.sizes[outer], levels.ranks[outer], strict=True))

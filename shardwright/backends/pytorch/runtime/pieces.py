@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -98,9 +98,14 @@ def replica(tensor: Tensor) -> tuple[int, int]:
     """(which, of how many): the processes that hold the same part as this one, counted from 0."""
     if not isinstance(tensor, DTensor):
         return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    axes = [axis for axis, placement in enumerate(tensor.placements) if isinstance(placement, Replicate)]
+    mesh = tensor.device_mesh
+    return turn((mesh.size(axis), mesh.get_local_rank(axis)) for axis in axes)
+
+
+def turn(axes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """(which, of how many) among the processes of some axes of a mesh, each given as (size, rank)."""
     which, count = 0, 1
-    for axis, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            which = which * tensor.device_mesh.size(axis) + tensor.device_mesh.get_local_rank(axis)
-            count *= tensor.device_mesh.size(axis)
+    for size, rank in axes:
+        which, count = which * size + rank, count * size
     return which, count

@@ -126,8 +126,9 @@ class Pipeline:
             "REDUCE": lambda stage, *_: self._reduce(stage),
         }
         self._reductions = Counter(unit for kind, stage, *_ in program if kind == "REDUCE" for unit in units[stage])
-        """Of each unit in a step, by all stages that use it."""
+        """Of each unit in a pass, by all stages that use it."""
         self._reduced: Counter[int] = Counter()
+        """And so far in this one."""
         self._batches: Sequence[Any] = ()
         self._last_pass = True
         self._values: dict[Value, Tensor | _Arriving] = {}
@@ -148,9 +149,9 @@ class Pipeline:
         RuntimeError if that leaves anything undone.
         """
         self._last_pass = last
+        self._reduced.clear()
         self._run(self.program, batches)
         if last:
-            self._reduced.clear()
             self.states.finish()
             self._tie()
         return self._total()
@@ -264,7 +265,7 @@ class Pipeline:
         """A unit of several stages is last reduced when the last of them is."""
         for unit in self.units[stage]:
             self._reduced[unit] += 1
-            last = self._last_pass and self._reduced[unit] % self._reductions[unit] == 0
+            last = self._last_pass and self._reduced[unit] == self._reductions[unit]
             self.states.reduce(unit, last=last)
 
     def _tie(self) -> None:
@@ -281,18 +282,3 @@ class Pipeline:
         losses = [self._losses[micro_batch] for micro_batch in sorted(self._losses)]
         self._losses.clear()
         return torch.stack(losses).sum() if losses else None
-
-
-def gradient_norm(
-    parameters: Iterable[nn.Parameter], groups: Iterable[dist.ProcessGroup], device: torch.device
-) -> Tensor:
-    """The L2 norm of the whole gradient, a scalar on the device.
-
-    `parameters`: of this process, those that no other process counts: of tied copies, one rank's. `groups`: over which
-    processes hold different ones: the pipeline's, and those of the axes that optimizer states are sharded over.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    total = torch.nn.utils.get_total_norm(gradients).to(device).square()
-    for group in groups:
-        dist.all_reduce(total, group=group)
-    return total.sqrt()

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .buckets import Bucket, Run
+from .gradients import norm_over_groups
 from .hooks import Hooks
 from .levels import Chain, Levels
 
@@ -151,12 +151,8 @@ class ShardedStates:
 
     def gradient_norm(self) -> Tensor:
         """The L2 norm of the whole gradient, a scalar on the device."""
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         device = next(bucket for unit in self.units for bucket in unit).whole.device
-        total = torch.nn.utils.get_total_norm(gradients).to(device).square()
-        for group in self.levels.groups[: self.levels.optimizer_states]:
-            dist.all_reduce(total, group=group)
-        return total.sqrt()
+        return norm_over_groups(self.parameters(), self.levels.groups[: self.levels.optimizer_states], device)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
