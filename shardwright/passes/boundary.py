@@ -71,6 +71,26 @@ def fresh(wanted: Sequence[Layout]) -> list[torch.Tensor]:
     return [tensor.requires_grad_(layout.requires_grad) for tensor, layout in zip(made, wanted, strict=True)]
 
 
+class _Results(Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, wanted: Sequence[Layout]) -> Any:
+        storages: dict[int, torch.Tensor] = {}
+        made = tuple(_make(layout, storages) for layout in wanted)
+        ctx.mark_non_differentiable(
+            *[tensor for tensor, layout in zip(made, wanted, strict=True) if not layout.requires_grad]
+        )
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        return None, None
+
+
+def results_of(wanted: Sequence[Layout]) -> list[torch.Tensor]:
+    """Like `fresh`, but results of an autograd node, which may be changed in place, as leaves may not."""
+    return list(apply(_Results, torch.zeros((), requires_grad=True), wanted)) if wanted else []
+
+
 class _Enter(Function):
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, recorder: Recorder, region: str, wanted: Sequence[Layout]) -> Any:

@@ -96,6 +96,7 @@ class Compiled:
             replay=again,
             forward_rises=forward_rises,
             backward_rises={"none": backward_rises, "selective": again.rises(chosen), "full": again.rises(())},
+            held_by_weight=0,
         )
 
 

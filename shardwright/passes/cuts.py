@@ -8,6 +8,8 @@ import networkx as nx
 
 from shardwright.schemas.profile import Cut
 
+_NO_BLOCKS = "stages begin and end at repeated blocks, and the model has none"
+
 
 def live_sets(graph: nx.DiGraph[str]) -> dict[str, tuple[int, int]]:
     """Number and bytes of the activations alive after each operator of a model's graph, in order: those that depend on
@@ -41,7 +43,7 @@ def inner_cuts(graph: nx.DiGraph[str]) -> tuple[Cut, ...]:
     *ends, _ = _module_ends(graph, list(alive)) or [("", "")]
     sizes = [alive[node] for _, node in ends]
     return tuple(
-        Cut(after=path, tensors=tensors, bytes=size)
+        Cut(after=path, tensors=tensors, bytes=size, refused=_NO_BLOCKS)
         for at, ((path, _), (tensors, size)) in enumerate(zip(ends, sizes, strict=True))
         if tensors and size <= min(other for _, other in sizes[max(0, at - 1) : at + 2])
     )

@@ -165,6 +165,18 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(value)
 
 
+def written_into(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The arguments of a call that an operator writes into."""
+    return list(tensors_in([args[at] if at < len(args) else kwargs.get(name) for at, name in _written(func)]))
+
+
+@cache
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator writes into."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((at, each.name) for at, each in arguments if each.alias_info and each.alias_info.is_write)
+
+
 def flops(call: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
     """FLOPs of one call. Causal attention counts only the score entries on and below the diagonal, continuously: for
     q queries and k >= q keys the share q / 2k, for fewer keys 1 - k / 2q; one half where they are equal. Flash kernels

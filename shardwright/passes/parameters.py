@@ -51,6 +51,15 @@ def collect_parameters(built: Built, units: Sequence[Unit]) -> tuple[Parameter, 
     return tuple(parameters)
 
 
+def with_segments(parameters: Sequence[Parameter], flow: Flow) -> tuple[Parameter, ...]:
+    """The parameters with the segments that use them, under whichever name."""
+    result = []
+    for parameter in parameters:
+        used = {at for name in (parameter.name, *parameter.also) for at in flow.segments.get(name, ())}
+        result.append(replace(parameter, segments=tuple(sorted(used))))
+    return tuple(result)
+
+
 def with_roles(
     parameters: Sequence[Parameter], flow: Flow, divided: Mapping[str, Division], reason: str
 ) -> tuple[Parameter, ...]:

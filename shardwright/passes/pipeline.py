@@ -19,7 +19,7 @@ from shardwright.passes.flow import Flow
 from shardwright.passes.graph import Exported, divide, export, make_graph
 from shardwright.passes.imports import UserCode, user_code
 from shardwright.passes.initialise import decide_init
-from shardwright.passes.parameters import buffer_bytes, collect_parameters, with_roles
+from shardwright.passes.parameters import buffer_bytes, collect_parameters, with_roles, with_segments
 from shardwright.passes.recurrent import recurrent_warnings
 from shardwright.passes.serialise import digest
 from shardwright.passes.sources import elsewhere, local_sources, packages
@@ -120,7 +120,8 @@ def _collect_parameters(work: Work) -> Work:
 
 def _follow_flow(work: Work) -> Work:
     flow = work.tracer.watch_flow(work.blocks, work.draw)
-    return replace(work, flow=flow, cuts=flow.cuts, edges=flow.edges)
+    parameters = with_segments(work.parameters, flow)
+    return replace(work, flow=flow, cuts=flow.cuts, edges=flow.edges, parameters=parameters)
 
 
 def _find_roles(work: Work) -> Work:

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -134,6 +133,10 @@ class Recorder(DispatchMode):
         self._marks.append((_next_node(), self._modules[-1], region))
         self.rebase(region)
 
+    def region(self) -> str:
+        """What runs now belongs to this region."""
+        return self._place()[1]
+
     def rebase(self, region: str) -> None:
         """Peaks of the region count from the bytes alive when it next does something."""
         self._recording.entered.pop(region, None)
@@ -222,8 +225,7 @@ class Recorder(DispatchMode):
             self._recording.entered.setdefault(region, before)
             outputs = list(operators.tensors_in(result))
             made = self._add(outputs, region, node) if call.allocates else ()
-            for at, name in _written(func):
-                self._note_writing(args[at] if at < len(args) else kwargs.get(name))
+            self._note_writing(operators.written_into(func, args, kwargs))
             if call.works:
                 inputs = [*operators.tensors_in(args), *operators.tensors_in(tuple(kwargs.values()))]
                 if call.name == "add" and self._in_backward and len(inputs) == 2:
@@ -270,8 +272,8 @@ class Recorder(DispatchMode):
             self.storages.time += 1
         return new
 
-    def _note_writing(self, values: Any) -> None:
-        numbers = (self.storages.number(tensor) for tensor in operators.tensors_in(values))
+    def _note_writing(self, tensors: Iterable[torch.Tensor]) -> None:
+        numbers = map(self.storages.number, tensors)
         self.overwritten.update(number for number in numbers if number is not None)
 
     def _note_sum(self, result: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
@@ -290,13 +292,6 @@ class Recorder(DispatchMode):
             met_unpriced(call.qualified_name, module, takes_parameters=any(from_parameter))
         if from_parameter and all(from_parameter) and not self._in_backward:
             self._of_parameters.update(tensor.untyped_storage()._cdata for tensor in outputs)
-
-
-@cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    """Positions and names of the arguments that an operator writes into."""
-    arguments = enumerate(func._schema.arguments)
-    return tuple((at, each.name) for at, each in arguments if each.alias_info and each.alias_info.is_write)
 
 
 def _next_node() -> int:

@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from shardwright.passes.blocks import Block
 from shardwright.passes.boundary import enter, leave
 from shardwright.passes.crossing import Uses
+from shardwright.passes.held import Held, may_wait
 from shardwright.passes.record import Recorder, Recording, module_paths
 from shardwright.passes.unit_run import Nest, UnitRun, run_backward, run_unit
 from shardwright.passes.unpriced import inside
@@ -68,6 +69,8 @@ class StepRun:
     next_call: Mapping[int, int]
     """Position of the first call after each storage was made."""
     loss_bytes: int
+    held_by_weight: Mapping[str, int]
+    """Of each region outside the blocks, bytes that wait for weight gradients ([Note: held by weight])."""
 
     def forward_operators(self) -> Iterator[tuple[str, str]]:
         """Name and module of every operator of forward, those of blocks once for each kind."""
@@ -105,6 +108,8 @@ class _StandIns:
     cast: torch.dtype | None
     input_only: bool
     uses: Uses
+    shared: Sequence[nn.Module]
+    """Linear layers outside the blocks."""
     runs: dict[tuple[Any, ...], UnitRun] = field(default_factory=dict)
     calls: list[BlockCall] = field(default_factory=list)
     ends: list[torch.Tensor] = field(default_factory=list)
@@ -141,7 +146,7 @@ class _StandIns:
     def _measure(self, block: Block, forward: Callable[..., Any], inputs: Nest) -> UnitRun:
         with self.recorder.paused(), inside(block.path):
             self.prepare(block.module)
-            return run_unit(block.module, forward, inputs, self.cast, input_only=self.input_only)
+            return run_unit(block.module, forward, inputs, self.cast, input_only=self.input_only, shared=self.shared)
 
     def _end_before(self, tensors: Sequence[torch.Tensor]) -> None:
         """Ties what was made outside the blocks and enters this one to scalars, one for each region."""
@@ -196,12 +201,16 @@ def run_step(
     outside = [p for p in model.parameters() if p.requires_grad and id(p) not in of_blocks]
     recorder = Recorder(model.parameters(), EMBEDDING if blocks else HEAD)
     uses = Uses(recorder.storages, recorder.is_paused)
-    stand_ins = _StandIns(recorder, prepare, cast, input_only, uses)
+    in_blocks = {part for block in blocks for part in block.module.modules()}
+    layers = may_wait(part for part in model.modules() if part not in in_blocks)
+    held = Held(recorder)
+    stand_ins = _StandIns(recorder, prepare, cast, input_only, uses, layers)
     skip = {block.path for block in blocks}
     with (
         replaced_forwards(blocks, stand_ins.stand_in),
         recorder,
         uses,
+        held.watching(layers),
         module_paths(recorder, model, lambda path: path in skip or path.startswith(inside)),
     ):
         value = _loss(step, recorder)
@@ -214,6 +223,7 @@ def run_step(
     for_inputs = None
     if input_only:
         for_inputs = run_backward(recorder, ends, [stand_ins.anchor], [], retain=True)
+    held.forget()
     backward = run_backward(recorder, ends, [stand_ins.anchor], outside, retain=False)
     return StepRun(
         calls=tuple(replace(call, crossing=size) for call, size in zip(stand_ins.calls, uses.crossing(), strict=True)),
@@ -225,4 +235,5 @@ def run_step(
         region=storages.region,
         next_call=uses.next_call(),
         loss_bytes=loss_dtype.itemsize,
+        held_by_weight=held.bytes(),
     )

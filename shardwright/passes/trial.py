@@ -15,7 +15,7 @@ import torch
 
 from shardwright.passes.alike import Signature, numbers_read, run_signed
 from shardwright.passes.blocks import Block
-from shardwright.passes.boundary import fresh
+from shardwright.passes.boundary import results_of
 from shardwright.passes.fake import Twins
 from shardwright.passes.step_run import Step, replaced_forwards
 from shardwright.passes.unit_run import Nest, cast_floating
@@ -65,7 +65,7 @@ class Trial:
             if block.path in self.compared or key in self._numbered:
                 return self._compare(key, block, lambda: forward(*args, **kwargs))
             self.operators += len(self._ran[key])
-            return self._outputs[key].filled(fresh(self._outputs[key].layouts))
+            return self._outputs[key].filled(results_of(self._outputs[key].layouts))
 
         return call
 

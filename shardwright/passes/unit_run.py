@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shardwright.passes.boundary import Layout, enter, layouts, leave
+from shardwright.passes.held import Held, may_wait
 from shardwright.passes.record import Event, Recorder, Recording, module_paths
 from shardwright.passes.replay import Ended, Replay, Savings, replay
 from shardwright.passes.untyped import Scalar, gradients
@@ -90,6 +91,8 @@ class UnitRun:
     """Bytes alive beyond what was alive before backward, at every moment."""
     gradients: list[int]
     """Elements of parameter gradients that exist at every moment of backward when nothing is checkpointed."""
+    held_by_weight: int
+    """Bytes that wait for weight gradients ([Note: held by weight])."""
 
 
 def cast_floating(dtype: torch.dtype | None, values: Any) -> Any:
@@ -100,15 +103,23 @@ def cast_floating(dtype: torch.dtype | None, values: Any) -> Any:
 
 
 def run_unit(
-    module: nn.Module, forward: Forward, inputs: Nest, cast: torch.dtype | None, *, input_only: bool
+    module: nn.Module,
+    forward: Forward,
+    inputs: Nest,
+    cast: torch.dtype | None,
+    *,
+    input_only: bool,
+    shared: Sequence[nn.Module],
 ) -> UnitRun:
     """Measures one unit whose `forward` is called with `inputs`, a nest of (args, kwargs), floating-point tensors cast
-    to `cast` first."""
+    to `cast` first. `shared` are linear layers outside of it, which it might use."""
     recorder = Recorder(module.parameters(), REGION)
     storages = recorder.storages
     savings = Savings(recorder, REGION)
     anchor = torch.zeros((), requires_grad=True)
-    with recorder, module_paths(recorder, module, lambda _: False):
+    held = Held(recorder)
+    layers = [*may_wait(module.modules()), *shared]
+    with recorder, module_paths(recorder, module, lambda _: False), held.watching(layers):
         tensors = enter(anchor, recorder, REGION, inputs.layouts)
         places = {storages.number(t): at.storage for t, at in zip(tensors, inputs.layouts, strict=True)}
         recorder.rebase(REGION)
@@ -130,6 +141,7 @@ def run_unit(
         if input_only:
             for_inputs = run_backward(recorder, [(end, end.dtype)], [anchor], [], retain=True).events
         savings.first_needed = None
+        held.forget()
         backward = run_backward(recorder, [(end, end.dtype)], [anchor], parameters, retain=False)
     state = Ended(start, alive, passed, places, left)
     again = replay(recording, backward, savings, state)
@@ -159,6 +171,7 @@ def run_unit(
             "full": again.rises(()),
         },
         gradients=[moment.gradients for moment in backward.of(REGION)],
+        held_by_weight=sum(held.bytes().values()),
     )
 
 

@@ -185,7 +185,12 @@ class CostFitter:
             backward_moments=dict.fromkeys(
                 POLICIES, worst_moments([outside_instants(step.backward, region) for step in self.steps], Affine(0, 0))
             ),
+            held_by_weight=_fit_held([step.held_by_weight[region] for step in self.steps]),
         )
+
+
+def _fit_held(held: Sequence[int]) -> Affine:
+    return fit(held, "the bytes held for weight gradients are")
 
 
 def _fit_saved(saved: Sequence[_Saved]) -> dict[Policy, Affine]:
@@ -223,6 +228,7 @@ def _block_cost(
         moments_before=calls.moments_before,
         moments_after=calls.moments_after,
         crossing=passing,
+        held_by_weight=_fit_held([run.held_by_weight for run in runs]),
     )
 
 

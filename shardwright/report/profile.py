@@ -193,6 +193,9 @@ def _crossings(profile: ModelProfile) -> list[tuple[str, str]]:
     )
     skips = [edge for edge in profile.edges if edge.kind == "skip"]
     lines = [("cuts", f"{len(profile.cuts)}, crossed by {size} a sequence in the dtypes that the model declares")]
+    refused = [cut.refused for cut in profile.cuts if cut.refused]
+    if refused and profile.block_paths:
+        lines.append(("no stage", f"can begin at {len(refused)} of the cuts: {refused[0]}"))
     if skips:
         lines.append(("skips", f"{len(skips)}, {human_bytes(sum(edge.bytes for edge in skips))} a sequence together"))
     return lines

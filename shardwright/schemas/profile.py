@@ -71,6 +71,11 @@ class Parameter:
     the root group, whatever unit uses them: index -1."""
     also: tuple[str, ...] = ()
     """The other names under which a tied parameter is reachable."""
+    segments: tuple[int, ...] = ()
+    """Where the forward and the loss use it: 0 is what runs before the first block, k the k-th block with what runs
+    between the one before and it, and one more than there are blocks what runs after the last one. A model without
+    blocks has segment 0 alone. Empty for what is not used. A use is a call that reads it, not one that reads what was
+    made of it."""
     dtype: str = "float32"
     """As the model declares it: `float32`, `bfloat16`."""
     role: Role = "vector"
@@ -185,6 +190,10 @@ class UnitCost:
     crossing: Affine = _NOTHING
     """Of a block: bytes of gradients that are alive during its backward though it neither makes nor takes them, such as
     those of skip connections past it. Contained in `backward_peak` and `backward_moments`, not in the other peaks."""
+    held_by_weight: Affine = _NOTHING
+    """Bytes alive from the gradient of the unit's input to that of its weights, where the latter comes later: inputs
+    and gradients of outputs of its linear layers, each storage once, whatever is checkpointed; see passes/held.py. What
+    two units hold counts in both. 0 for a compiled block, whose layers do not wait."""
 
     def flops(self, phase: Phase, micro_batch: int) -> int:
         """FLOPs of one phase."""
@@ -224,6 +233,9 @@ class Cut:
     """Activations alive across it."""
     bytes: int
     """Their bytes at micro-batch 1, in the dtypes that the model declares."""
+    refused: str = ""
+    """Why the runtime cannot divide the model here, for instance because a block keeps what is used after it;
+    empty where no reason is seen, though the runtime, which sees more, may find one when it starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
