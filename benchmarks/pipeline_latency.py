@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue
-from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Wire
+from shardwright.backends.pytorch.runtime.messages import Wire
+from shardwright.backends.pytorch.runtime.pipeline import Pipeline
 from shardwright.backends.pytorch.runtime.replicas import Replicas
 from shardwright.planner.schedules.lowering import lower, neighbours
 from shardwright.planner.schedules.simulator import simulate
@@ -38,16 +39,16 @@ class Sleeper(nn.Module):
     def __init__(self, stage: int, layout: Layout, costs: Costs, queue: WeightQueue) -> None:
         super().__init__()
         self.start = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.queue = queue
+        self.queue, self.is_last = queue, stage == layout.stages - 1
         self.forward_s, self.input_s = costs.forward[stage], costs.input_gradient[stage]
         self.weight_s = costs.weight_gradient[stage]
         self.from_before = costs.send[stage - 1] if stage else 0.0
         self.from_after = costs.send[stage] if stage < layout.stages - 1 else 0.0
 
-    def forward(self, _: int, *received: Tensor) -> Tensor:
+    def forward(self, _: int, *received: tuple[Tensor]) -> Any:
         """Sleeps; `received` is one time, or nothing for the first stage."""
-        result: Tensor = _Sleep.apply(received[0] if received else self.start, self)  # type: ignore[no-untyped-call]
-        return result
+        made = _Sleep.apply(received[0][0] if received else self.start, self)  # type: ignore[no-untyped-call]
+        return made if self.is_last else ((made,),)
 
     def sleep_weight(self) -> None:
         """W."""
@@ -84,7 +85,7 @@ def measure(name: str, latency: float) -> tuple[float, float]:
         lower(timetable, layout, costs=costs)[rank],
         stages,
         ranks=[layout.place(stage)[0] for stage in range(layout.stages)],
-        wires={edge: Wire((1,), torch.float64) for edge in neighbours(layout)},
+        wires={edge: [Wire((1,), torch.float64)] for edge in neighbours(layout)},
         loss=lambda output, _: output.sum(),
         queue=queue,
         states=states,

@@ -201,3 +201,15 @@ def test_hugging_faces_conv1d_is_deferred_too() -> None:
     functools.reduce(torch.mul, [other(y)] * 2).sum().backward()
     for one, expected in ((layer.weight, other.weight), (layer.bias, other.bias), (x, y)):
         assert torch.equal(one.grad, expected.grad)
+
+
+def test_what_a_layer_returns_may_be_changed_in_place() -> None:
+    found = []
+    for queue in (None, WeightQueue()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, 20), nn.ReLU(inplace=True), nn.Linear(20, WIDTH))
+        if queue is not None:
+            defer_weight_gradients(model, queue)
+        model(torch.randn(2, 3, WIDTH)).square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(plain, deferred) for plain, deferred in zip(*found, strict=True))

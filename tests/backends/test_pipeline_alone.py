@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue, defer_weight_gradients
 from shardwright.backends.pytorch.runtime.gradients import norm_over_groups
-from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Wire
+from shardwright.backends.pytorch.runtime.messages import Wire
+from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step
 from shardwright.backends.pytorch.runtime.replicas import Replicas
 from shardwright.planner.schedules.lowering import lower
 from shardwright.planner.schedules.timetable import Layout
@@ -38,7 +39,7 @@ def pipeline(steps: list[Step], **changes: Any) -> Pipeline:
         defer_weight_gradients(module, queue)
     settings: dict[str, Any] = {
         "ranks": [0] * 4,
-        "wires": {edge: Wire((2, 8, WIDTH), torch.float32) for edge in edges_of(4, FEATURES)},
+        "wires": {edge: [Wire((2, 8, WIDTH), torch.float32)] for edge in edges_of(4, FEATURES)},
         "loss": lambda output, batch: loss_of(output, batch, 1 / COUNT),
         "queue": queue,
         "states": states,
@@ -111,7 +112,8 @@ def test_outputs_are_not_kept_for_backward() -> None:
 
     def watched(module: Any, *values: Any) -> Any:
         output = module(*values)
-        made.extend(weakref.ref(each) for each in (output if isinstance(output, tuple) else (output,)))
+        sent = [tensor for message in output for tensor in message] if isinstance(output, tuple) else [output]
+        made.extend(map(weakref.ref, sent))
         return output
 
     tested.stages = {stage: partial(watched, module) for stage, module in tested.stages.items()}
@@ -133,7 +135,7 @@ def test_a_value_that_is_not_as_planned_is_not_sent() -> None:
     """The other side would read it as something else."""
     layout, edges = Layout(2, 2), edges_of(4, FEATURES)
     steps = lower(random_timetable(layout, 1, edges, seed=0), layout, edges=edges)[0]
-    wires = {edge: Wire((2, 8, WIDTH), torch.bfloat16) for edge in edges}
+    wires = {edge: [Wire((2, 8, WIDTH), torch.bfloat16)] for edge in edges}
     tested = pipeline(list(steps), ranks=[0, 1, 0, 1], wires=wires)
     with pytest.raises(ValueError, match="expects"):
         tested.step(data()[:1])

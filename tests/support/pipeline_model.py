@@ -54,14 +54,15 @@ class Stage(nn.Module):
         super().__init__()
         self.embed, self.blocks, self.head, self.outputs = embed, nn.ModuleList(blocks), head, outputs
 
-    def forward(self, batch: Batch, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
-        x = self.embed(batch[0]) if self.embed is not None else functools.reduce(torch.add, received)
+    def forward(self, batch: Batch, *received: tuple[Tensor]) -> Tensor | tuple[tuple[Tensor], ...]:
+        given = [tensor for (tensor,) in received]
+        x = self.embed(batch[0]) if self.embed is not None else functools.reduce(torch.add, given)
         for block in self.blocks:
             x = block(x)
         if self.head is not None:
             result: Tensor = self.head(x)
             return result
-        return (x,) * self.outputs
+        return ((x,),) * self.outputs
 
 
 def edges_of(stages: int, features: Collection[str]) -> list[tuple[int, int]]:

@@ -42,7 +42,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue, defer_weight_gradients
 from shardwright.backends.pytorch.runtime.gradients import norm_over_groups
-from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Tie, Wire
+from shardwright.backends.pytorch.runtime.messages import Wire
+from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Tie
 from shardwright.backends.pytorch.runtime.replicas import Replicas
 from shardwright.backends.pytorch.runtime.states import Levels, ShardedStates
 from shardwright.planner.schedules.lowering import Gathers, Program, lower
@@ -163,7 +164,7 @@ def train(run: dict[str, Any], mesh: DeviceMesh, pairs: dist.ProcessGroup | None
         setting.program,
         setting.stages,
         ranks=[layout.place(stage)[0] for stage in range(layout.stages)],
-        wires={edge: Wire((BATCH, LENGTH, WIDTH), dtype) for edge in setting.edges},
+        wires={edge: [Wire((BATCH, LENGTH, WIDTH), dtype)] for edge in setting.edges},
         loss=loss,
         queue=queue,
         states=states,

@@ -109,7 +109,9 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.weight, ctx.bias, ctx.queue, ctx.by_input = weight, bias, queue, by_input
-        return F.linear(input, weight.t() if by_input else weight, bias)
+        result = F.linear(input, weight.t() if by_input else weight, bias)
+        # With a bias, (..., features) comes out as a view, which autograd would forbid to change in place (`nn.ReLU`).
+        return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
     @staticmethod
     @once_differentiable

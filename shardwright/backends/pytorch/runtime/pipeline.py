@@ -13,7 +13,7 @@ From F to I, what autograd saved, and the inputs; of the outputs only their plac
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,23 +23,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .deferred import Deferred, WeightQueue, compute
+from .messages import Messages, Wire
 
 Step = tuple[str, int, int, int]
 """Kind, stage, micro-batch, and the peer's stage; see [Note: programs]."""
-Value = tuple[str, int, int, int]
-"""Activations (F) or gradients (I), from a stage, to a stage, of a micro-batch."""
 EVALUATES = frozenset({"F", "SEND_F", "RECV_F", "RELEASE"})
 """Steps of an evaluation. What is not gathered ahead is gathered when it is needed."""
-IN_FLIGHT = 4
-"""Sends that are not waited for. Waiting for older ones bounds what they hold, also where the host runs ahead of a GPU;
-it cannot deadlock, for their receives come before whatever follows here."""
-
-
-class Wire(NamedTuple):
-    """What one stage sends to another for each micro-batch; the gradient that comes back is alike."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Tie(NamedTuple):
@@ -69,23 +58,38 @@ class States(Protocol):
         """Waits for the reductions."""
 
 
-class _Arriving(NamedTuple):
-    """A value that is being received."""
+class Late(Protocol):
+    """The steps of an optimizer that may have to be done again: `LateStep`, see the notes in `late.py`."""
 
-    buffer: Tensor
-    work: dist.Work
+    @property
+    def head(self) -> tuple[int, Sequence[Step]]:
+        """How many steps of the program run before that is known; the later receives of what others sent by then."""
+
+    def failed(self) -> bool:
+        """Whether the last step must be done again."""
+
+    def redo(self) -> None:
+        """Does it again."""
+
+    def settle(self) -> None:
+        """Does it again if it must be."""
+
+
+_Saved = tuple[list[tuple[Tensor, ...]], list[GradientEdge | None]]
+"""What a stage received, and the places in the graph of what it sent."""
 
 
 class Pipeline:
     """The stages of one process.
 
-    `stages`: those of this rank by number. Each is called with a micro-batch and what it receives, in the order of the
-    stages that this comes from; it returns a tensor, or a tuple of one tensor for each stage that it sends to, in their
+    `stages`: those of this rank by number. Each is called with a micro-batch and, for each stage that it receives from,
+    in their order, a tuple of tensors; it returns a tuple of such tuples, one for each stage that it sends to, in their
     order. What the last one returns goes through `loss(output, micro_batch)`, a scalar already divided as the sum over
     micro-batches (and data-parallel processes) asks for. `ranks`: of every stage, its rank in `group` (without one, of
-    all processes). `wires`: of any two stages between which values go. `units`: the units of `states` that each stage
-    uses; several may use one. `seed(stage, micro_batch)`: of the random numbers of one forward, which then do not
-    depend on the order of steps. `observe` is called after each step.
+    all processes). `wires`: of any two stages between which tensors go, which ones. `units`: the units of `states` that
+    each stage uses; several may use one. `seed(stage, micro_batch)`: of the random numbers of one forward, which
+    then do not depend on the order of steps. `observe` is called after each step.
+    `late`: the optimizer steps before it is known whether it may, and a pass begins anew if it had to step again.
     """
 
     def __init__(
@@ -94,7 +98,7 @@ class Pipeline:
         stages: Mapping[int, Callable[..., Any]],
         *,
         ranks: Sequence[int],
-        wires: Mapping[tuple[int, int], Wire],
+        wires: Mapping[tuple[int, int], Sequence[Wire]],
         loss: Callable[[Any, Any], Tensor],
         queue: WeightQueue,
         states: States,
@@ -104,10 +108,12 @@ class Pipeline:
         ties: Sequence[Tie] = (),
         seed: Callable[[int, int], int] | None = None,
         observe: Callable[[Step], None] | None = None,
+        late: Late | None = None,
     ) -> None:
-        self.program, self.stages, self.ranks, self.wires, self.loss = program, stages, ranks, wires, loss
+        self.program, self.stages, self.wires, self.loss = program, stages, wires, loss
         self.queue, self.states, self.units, self.ties = queue, states, units, ties
-        self.group, self.device, self.seed, self.observe = group, device, seed, observe
+        self.seed, self.observe, self.late = seed, observe, late
+        self.messages = Messages(wires, ranks, group, device)
         self.last = len(ranks) - 1
         self.micro_batches = 1 + max((micro_batch for _, _, micro_batch, _ in program), default=-1)
         self.before = {stage: sorted(source for source, target in wires if target == stage) for stage in stages}
@@ -117,10 +123,10 @@ class Pipeline:
             "I": self._input_gradient,
             "W": self._weight_gradient,
             "B": self._backward,
-            "SEND_F": lambda stage, micro_batch, peer: self._send(("F", stage, peer, micro_batch)),
-            "SEND_I": lambda stage, micro_batch, peer: self._send(("I", stage, peer, micro_batch)),
-            "RECV_F": lambda stage, micro_batch, peer: self._receive(("F", peer, stage, micro_batch)),
-            "RECV_I": lambda stage, micro_batch, peer: self._receive(("I", peer, stage, micro_batch)),
+            "SEND_F": lambda stage, micro_batch, peer: self.messages.send(("F", stage, peer, micro_batch)),
+            "SEND_I": lambda stage, micro_batch, peer: self.messages.send(("I", stage, peer, micro_batch)),
+            "RECV_F": lambda stage, micro_batch, peer: self.messages.receive(("F", peer, stage, micro_batch)),
+            "RECV_I": lambda stage, micro_batch, peer: self.messages.receive(("I", peer, stage, micro_batch)),
             "GATHER": lambda stage, *_: self._each_unit(self.states.gather, stage),
             "RELEASE": lambda stage, *_: self._each_unit(self.states.release, stage),
             "REDUCE": lambda stage, *_: self._reduce(stage),
@@ -131,15 +137,11 @@ class Pipeline:
         """And so far in this one."""
         self._batches: Sequence[Any] = ()
         self._last_pass = True
-        self._values: dict[Value, Tensor | _Arriving] = {}
-        """Made or received, and not used or sent."""
-        self._saved: dict[tuple[int, int], tuple[list[Tensor], list[GradientEdge | None]]] = {}
+        self._saved: dict[tuple[int, int], _Saved] = {}
         """Inputs and outputs of a stage and micro-batch from F to I."""
         self._pending: dict[tuple[int, int], list[Deferred]] = {}
         """From I to W."""
         self._losses: dict[int, Tensor] = {}
-        self._sends: deque[tuple[dist.Work, Tensor]] = deque()
-        """A tensor is kept until it has been sent."""
 
     def step(self, batches: Sequence[Any], *, last: bool = True) -> Tensor | None:
         """Forward and backward of all micro-batches; afterwards what the optimizer works on has its gradients.
@@ -159,15 +161,51 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Any]) -> Tensor | None:
         """Forward of some micro-batches, no more than the program has; returns what `step` does."""
+        if self.late is not None:
+            self.late.settle()
         steps = [step for step in self.program if step[0] in EVALUATES and step[2] < len(batches)]
         self._run(steps, batches)
         return self._total()
 
-    def _run(self, program: Iterable[Step], batches: Sequence[Any]) -> None:
+    def _run(self, program: Sequence[Step], batches: Sequence[Any]) -> None:
         if len(batches) > self.micro_batches or (torch.is_grad_enabled() and len(batches) < self.micro_batches):
             raise ValueError(f"the program is for {self.micro_batches} micro-batches, and {len(batches)} were given")
         self._batches = batches
-        for step in program:
+        done = self._begin(self.late) if self.late is not None and torch.is_grad_enabled() else 0
+        self._do(program[done:])
+        self.messages.finish()
+        left = [*self.messages.left, *(("F", *key) for key in self._saved), *(("I", *key) for key in self._pending)]
+        if left:
+            raise RuntimeError(f"the program never uses what these made: {left[:4]}")
+
+    def _begin(self, late: Late) -> int:
+        """Runs the head of the program, again if its parameters were wrong; returns how many steps that are."""
+        end, under_way = late.head
+        head = self.program[:end]
+        self._do(head)
+        if late.failed():
+            self._forget(head, under_way)
+            late.redo()
+            self._do(head)
+        return end
+
+    def _forget(self, head: Sequence[Step], under_way: Sequence[Step]) -> None:
+        """Drops all that a head has made, here and where messages are under way from; nothing is gathered any more."""
+        self._do(under_way)
+        for message in self.messages.left:
+            self.messages.take(message)
+        self.messages.finish()
+        gathers = Counter[int]()
+        for kind, stage, *_ in head:
+            gathers[stage] += (kind == "GATHER") - (kind == "RELEASE")
+        for stage in sorted(+gathers):
+            self._each_unit(self.states.wait, stage)
+            self._each_unit(self.states.release, stage)
+        self._saved.clear()
+        self._losses.clear()
+
+    def _do(self, steps: Iterable[Step]) -> None:
+        for step in steps:
             kind, stage, micro_batch, peer = step
             try:
                 self.actions[kind](stage, micro_batch, peer)
@@ -176,45 +214,52 @@ class Pipeline:
                 raise
             if self.observe is not None:
                 self.observe(step)
-        while self._sends:
-            self._end_send()
-        left = [*self._values, *(("F", *key) for key in self._saved), *(("I", *key) for key in self._pending)]
-        if left:
-            raise RuntimeError(f"the program never uses what these made: {left[:4]}")
 
     def _forward(self, stage: int, micro_batch: int, _: int) -> None:
         self._each_unit(self.states.wait, stage)
         trains = torch.is_grad_enabled()
-        received = [self._take(("F", source, stage, micro_batch)) for source in self.before[stage]]
-        for value in received:
-            value.requires_grad_(trains and value.is_floating_point())
+        received = [self.messages.take(("F", source, stage, micro_batch)) for source in self.before[stage]]
+        for message in received:
+            for tensor in message:
+                tensor.requires_grad_(trains and (tensor.is_floating_point() or tensor.is_complex()))
         if self.seed is not None:
             torch.manual_seed(self.seed(stage, micro_batch))
         batch = self._batches[micro_batch]
         output = self.stages[stage](batch, *received)
         if stage == self.last:
-            output = self.loss(output, batch)
-            self._losses[micro_batch] = output.detach()
-        outputs: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
+            loss = self.loss(output, batch)
+            self._losses[micro_batch] = loss.detach()
+            output = ((loss,),)
         if trains:
-            places = [get_gradient_edge(value) if value.requires_grad else None for value in outputs]
+            places = [get_gradient_edge(each) if each.requires_grad else None for made in output for each in made]
             self._saved[stage, micro_batch] = (received, places)
-        for target, value in zip(self.after[stage], outputs, strict=stage != self.last):
-            self._values["F", stage, target, micro_batch] = value.detach().contiguous()
+        for target, made in zip(self.after[stage], output, strict=stage != self.last):
+            self.messages.put(("F", stage, target, micro_batch), (tensor.detach() for tensor in made))
 
     def _backward(self, stage: int, micro_batch: int, _: int) -> None:
         self._each_unit(self.states.wait, stage)
         received, places = self._saved.pop((stage, micro_batch))
-        if stage == self.last:
-            gradients = [torch.ones_like(self._losses[micro_batch])]
-        else:
-            gradients = [self._take(("I", target, stage, micro_batch)) for target in self.after[stage]]
-        roots = [(place, each) for place, each in zip(places, gradients, strict=True) if place is not None]
+        gradients = self._output_gradients(stage, micro_batch)
+        roots = [
+            (place, each)
+            for place, each in zip(places, gradients, strict=True)
+            if place is not None and each is not None
+        ]
         if roots:
             torch.autograd.backward([place for place, _ in roots], [each for _, each in roots])
-        for source, value in zip(self.before[stage], received, strict=True):
-            gradient = torch.zeros_like(value) if value.grad is None else value.grad
-            self._values["I", stage, source, micro_batch] = gradient.contiguous()
+        for source, tensors in zip(self.before[stage], received, strict=True):
+            found = (_gradient(tensor) for tensor in tensors if tensor.requires_grad)
+            self.messages.put(("I", stage, source, micro_batch), found)
+
+    def _output_gradients(self, stage: int, micro_batch: int) -> list[Tensor | None]:
+        """Of all tensors that a stage has sent, or of the loss; None for those without."""
+        if stage == self.last:
+            return [torch.ones_like(self._losses[micro_batch])]
+        found: list[Tensor | None] = []
+        for target in self.after[stage]:
+            gradients = iter(self.messages.take(("I", target, stage, micro_batch)))
+            found += [next(gradients) if wire.has_gradient else None for wire in self.wires[stage, target]]
+        return found
 
     def _input_gradient(self, stage: int, micro_batch: int, peer: int) -> None:
         with self.queue.deferring() as deferred:
@@ -223,39 +268,6 @@ class Pipeline:
 
     def _weight_gradient(self, stage: int, micro_batch: int, _: int) -> None:
         compute(self._pending.pop((stage, micro_batch)))
-
-    def _take(self, value: Value) -> Tensor:
-        """A value that another stage made, here or elsewhere."""
-        found = self._values.pop(value)
-        if isinstance(found, _Arriving):
-            found.work.wait()
-            return found.buffer
-        return found
-
-    def _send(self, value: Value) -> None:
-        tensor, wire = self._take(value), self._wire(value)
-        if (tensor.shape, tensor.dtype) != wire:
-            raise ValueError(f"made {tensor.dtype} of {tuple(tensor.shape)}, and the other side expects {wire}")
-        work = dist.isend(tensor, group=self.group, group_dst=self.ranks[value[2]])
-        assert work is not None
-        self._sends.append((work, tensor))
-        if len(self._sends) > IN_FLIGHT:
-            self._end_send()
-
-    def _end_send(self) -> None:
-        work, _ = self._sends.popleft()
-        work.wait()
-
-    def _receive(self, value: Value) -> None:
-        wire, source = self._wire(value), value[1]
-        buffer = torch.empty(wire.shape, dtype=wire.dtype, device=self.device)
-        work = dist.irecv(buffer, group=self.group, group_src=self.ranks[source])
-        assert work is not None
-        self._values[value] = _Arriving(buffer, work)
-
-    def _wire(self, value: Value) -> Wire:
-        _, source, target, _ = value
-        return self.wires[min(source, target), max(source, target)]
 
     def _each_unit(self, action: Callable[[int], None], stage: int) -> None:
         for unit in self.units[stage]:
@@ -282,3 +294,7 @@ class Pipeline:
         losses = [self._losses[micro_batch] for micro_batch in sorted(self._losses)]
         self._losses.clear()
         return torch.stack(losses).sum() if losses else None
+
+
+def _gradient(received: Tensor) -> Tensor:
+    return torch.zeros_like(received) if received.grad is None else received.grad
