@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -120,24 +121,39 @@ def _dtype(job: JobSpec, wanted: ComputeDtypeName | None) -> ComputeDtypeName:
 def inspect(
     source: JobOrPlan,
     why: Annotated[str | None, typer.Option(metavar="KEY", help="Explain one key of the decision.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the pipeline's timetable to FILE.svg.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the timetable for Perfetto to FILE.json.")
+    ] = None,
     overrides: Overrides = None,
     no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> int:
     """Show everything that a plan says.
 
-    Memory by phase, time by part, collectives, reasons, alternatives, assumptions. A plan is shown as it was saved;
-    with --set it is predicted again.
+    Stages and timetable of a pipeline, memory by phase, time by part, collectives, reasons, alternatives, assumptions.
+    A plan is shown as it was saved; with --set it is predicted again.
 
     \b
     Examples:
       shardwright inspect run/plan.json
       shardwright inspect plan.json --why micro_batch
       shardwright inspect plan.json --set decision.micro_batch=4
+      shardwright inspect plan.json --svg timetable.svg
     """
+    if svg is not None:
+        check_drawing_target(svg, (".svg",), "--svg")
+    if trace is not None:
+        check_drawing_target(trace, (".json",), "--trace")
     made = plan_to_show(source, overrides or (), cached=not no_cache)
     if isinstance(made, Infeasible):
         return no_plan(made, as_json)
+    if svg is not None:
+        write_atomically(svg, report.schedule_svg(report.schedule_of(made)))
+        say(f"wrote {svg}")
+    if trace is not None:
+        write_atomically(trace, json.dumps(report.schedule_trace(report.schedule_of(made)), allow_nan=False))
+        say(f"wrote {trace}")
     if as_json:
         show_json(report.why_fields(made, why) if why else json_fields(made))
     else:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from shardwright.planner.constants import Constant, attention_efficiency, device_constants
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.pipelines.costs import WHOLE_BACKWARD
 from shardwright.planner.precisions import PRECISIONS
-from shardwright.planner.space import Point
+from shardwright.planner.space import Pipe, Point
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.plan import Assumption
 from shardwright.schemas.profile import ModelProfile
@@ -33,10 +34,34 @@ def assumptions(point: Point, cluster: ClusterSpec, profile: ModelProfile) -> tu
         value = "the memory of their communicators is not counted"
         source = "torch 2.13 makes two process groups for every block (_fsdp_init.py, `_get_post_forward_mesh_info`)"
         listed.append(Assumption(name="groups of the second copy", value=value, origin="default", source=source))
+    if point.pipe is not None:
+        listed += _pipeline(point.pipe)
     if point.world > 1:
         traits = ENGINES[point.engine]
         listed.append(Assumption(name="engine", value=point.engine, origin="measured", source=traits.run_on))
     return tuple(listed)
+
+
+def _pipeline(pipe: Pipe) -> Iterator[Assumption]:
+    yield Assumption(
+        name="pipeline placement",
+        value=f"{pipe.ranks} stages' devices on the slowest levels, copies on the fastest",
+        origin="default",
+        source="activations are fewer bytes than gradients",
+    )
+    if pipe.schedule not in WHOLE_BACKWARD:
+        yield Assumption(
+            name="held by a pending weight gradient",
+            value="inputs and gradients of outputs of the linear layers",
+            origin="default",
+            source="what the runtime's deferred.py queues, counted in the profile",
+        )
+    yield Assumption(
+        name="messages between stages",
+        value="beside compute, without slowing it down; each over one link of the slowest level",
+        origin="default",
+        source="not measured",
+    )
 
 
 def _device(point: Point, cluster: ClusterSpec) -> Iterator[Assumption]:

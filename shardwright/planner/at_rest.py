@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from shardwright.planner import flat
 from shardwright.planner.engines import ENGINES
+from shardwright.planner.flat import Bucket
 from shardwright.planner.groups import Groups
 from shardwright.planner.optimizers import OPTIMIZERS
+from shardwright.planner.pipelines.owners import Owners
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
 from shardwright.planner.sharding import own_shard, padded_shard
 from shardwright.planner.space import point_of
@@ -28,9 +31,14 @@ def at_rest_bytes(decision: Decision, groups: Groups, train: TrainSpec, rank: in
         raise ValueError(f"rank {rank} is not in a world of {decision.mesh.world_size}")
     traits = OPTIMIZERS[train.optimizer.name]
     if ENGINES[decision.engine.name].flat:
-        layout = point_of(decision).chain
         element = PRECISIONS[decision.precision].compute_bytes
-        held = flat.at_rest(layout, groups.flat(layout, train.optimizer), element, rank)
+        point, member = point_of(decision), rank
+        layout = point.chain
+        units: Sequence[Sequence[Bucket]] = groups.flat(layout, train.optimizer)
+        if point.pipe is not None:
+            pipe_rank, member = divmod(rank, point.copies)
+            units = Owners(groups).flat(point.pipe, pipe_rank, layout, train.optimizer)
+        held = flat.at_rest(layout, units, element, member)
         return {
             "parameters": held.parameters,
             "gradients": held.gradients,

@@ -41,7 +41,7 @@ def step_collectives(point: Point, groups: Groups, bucket_cap_bytes: int | None 
     """
     cap = DDP_BUCKET_CAP_MIB * 2**20 if bucket_cap_bytes is None else bucket_cap_bytes
     calls: Counter[Collective] = Counter()
-    for call, count in (*_states(point, groups, cap), *_metrics(point)):
+    for call, count in (*_states(point, groups, cap), *((call, 1) for call in metrics_calls(point))):
         if call.bytes and call.group_size > 1:
             calls[call] += count
     return tuple(call.model_copy(update={"count": count}) for call, count in calls.items())
@@ -102,9 +102,9 @@ def _flat(point: Point, groups: Groups) -> Iterator[tuple[Collective, int]]:
         yield _call(send.kind, axis_name(send.axis), size, send.bytes, send.purpose), count
 
 
-def _metrics(point: Point) -> Iterator[tuple[Collective, int]]:
-    yield _call("all_reduce", "world", point.world, COUNTS_BYTES, "metrics"), 1
-    yield _call("all_reduce", "world", point.world, LOSS_BYTES, "metrics"), 1
+def metrics_calls(point: Point) -> tuple[Collective, ...]:
+    """What all processes sum up for the log, each once a step."""
+    return tuple(_call("all_reduce", "world", point.world, size, "metrics") for size in (COUNTS_BYTES, LOSS_BYTES))
 
 
 def _call(kind: str, axis: str, group_size: int, size: int, purpose: str) -> Collective:

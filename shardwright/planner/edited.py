@@ -4,15 +4,18 @@ checked but worked out again."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 
+from shardwright.planner.candidates import measure
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.explain import misses
 from shardwright.planner.layouts import level_ends
+from shardwright.planner.pipelines.edited import mistakes as pipeline_mistakes
+from shardwright.planner.pipelines.space import ENGINE as PIPELINE_ENGINE
 from shardwright.planner.precisions import PRECISIONS, QUALITIES
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import measure
-from shardwright.planner.space import Point, axis_name, block_count, point_of, profiled, unshardable
+from shardwright.planner.space import PIPELINE_AXIS, Point, axis_name, block_count, point_of, profiled, unshardable
 from shardwright.schemas.checks import divisors, shard_degrees
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
@@ -27,6 +30,7 @@ def checked_point(predictor: Predictor, decision: Decision) -> Point:
     wrong = [
         *_mesh(job, decision),
         *(_flat_states(job, decision) if flat else _states(job, decision)),
+        *pipeline_mistakes(job, profile, decision),
         *_secondary(decision),
         *_communication(job, decision),
         *_engine(profile, decision),
@@ -37,7 +41,10 @@ def checked_point(predictor: Predictor, decision: Decision) -> Point:
     if wrong:
         raise InputError(wrong)
     point = point_of(decision)
-    candidate = measure(predictor, point)
+    try:
+        candidate = measure(predictor, point)
+    except InputError as error:
+        raise InputError([_of_schedule(each) for each in error.diagnostics]) from error
     if not candidate.fits:
         message = f"the edited decision does not fit: it {misses(predictor, candidate)}"
         way = "checkpoint more blocks, shard wider, or take a smaller micro-batch"
@@ -66,6 +73,8 @@ def _mesh(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
 
 def _axis_names(decision: Decision) -> list[str]:
     world, shard = decision.mesh.world_size, decision.states.parameters.degree
+    if decision.pipeline.schedule != "none":
+        return [PIPELINE_AXIS, *(axis_name(index) for index in reversed(range(len(decision.mesh.axes) - 1)))]
     if ENGINES[decision.engine.name].flat:
         return [axis_name(index) for index in reversed(range(len(decision.mesh.axes)))]
     if not ENGINES[decision.engine.name].shards:
@@ -100,7 +109,7 @@ def _states(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
 def _flat_states(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
     """amsp: every degree a product of the fastest axes, and optimizer states the widest."""
     states = decision.states
-    axes = tuple(axis.size for axis in reversed(decision.mesh.axes))
+    axes = tuple(axis.size for axis in reversed(decision.mesh.axes) if axis.name != PIPELINE_AXIS)
     ends = level_ends(axes)
     named = {
         "parameters": states.parameters,
@@ -141,7 +150,7 @@ def _secondary(decision: Decision) -> Iterator[Diagnostic]:
 
 def _communication(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
     """Fewer bits only over axes that carry such a collective, and where the job permits it."""
-    axes = list(reversed(decision.mesh.axes))
+    axes = [axis for axis in reversed(decision.mesh.axes) if axis.name != PIPELINE_AXIS]
     ends = level_ends(tuple(axis.size for axis in axes))
     limits = {
         "int8_gathers": decision.states.parameters.degree,
@@ -165,6 +174,9 @@ def _engine(profile: ModelProfile, decision: Decision) -> Iterator[Diagnostic]:
     engine = decision.engine
     traits = ENGINES[engine.name]
     layout = {"world": decision.mesh.world_size, "degree": decision.states.parameters.degree}
+    if decision.pipeline.schedule != "none" and engine.name != PIPELINE_ENGINE:
+        yield _wrong("engine.name", "only `amsp` runs pipeline stages", "write amsp")
+        return
     if not traits.runs(**layout, precision=decision.precision):
         able = [name for name, each in ENGINES.items() if each.runs(**layout, precision=decision.precision)]
         message = (
@@ -184,15 +196,17 @@ def _engine(profile: ModelProfile, decision: Decision) -> Iterator[Diagnostic]:
 
 
 def _batch(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
-    batch = job.train.global_batch_sequences
-    made = decision.micro_batch * decision.accumulation * job.cluster.world_size
+    batch, piped = job.train.global_batch_sequences, decision.pipeline.ranks > 1
+    copies = max(1, job.cluster.world_size // decision.pipeline.ranks)
+    made = decision.micro_batch * decision.accumulation * copies
     if made == batch:
         return
-    count, rest = divmod(batch, decision.micro_batch * job.cluster.world_size)
-    way = f"write accumulation {count}" if not rest else "take a micro-batch that divides a device's share"
+    count, rest = divmod(batch, decision.micro_batch * copies)
+    share = "the share of a copy of the model" if piped else "a device's share"
+    way = f"write accumulation {count}" if not rest else f"take a micro-batch that divides {share}"
     message = (
-        f"{decision.micro_batch} sequences x {decision.accumulation} x {job.cluster.world_size} devices are {made}, "
-        f"but the global batch is {batch}"
+        f"{decision.micro_batch} sequences x {decision.accumulation} x {copies} {'copies' if piped else 'devices'} are "
+        f"{made}, but the global batch is {batch}"
     )
     yield _wrong("micro_batch" if rest else "accumulation", message, way)
 
@@ -219,6 +233,11 @@ def _precision(job: JobSpec, profile: ModelProfile, decision: Decision) -> Itera
         yield _wrong("precision", message, f"set `quality: {traits.quality}` in the job")
     elif not profiled(profile, decision.precision):
         yield _wrong("precision", f"the model was not profiled in {traits.compute}", "profile it in that dtype too")
+
+
+def _of_schedule(diagnostic: Diagnostic) -> Diagnostic:
+    """A diagnostic of the schedule, at the schedule of the decision."""
+    return replace(diagnostic, key="decision.pipeline.schedule")
 
 
 def _wrong(key: str, message: str, suggestion: str = "") -> Diagnostic:

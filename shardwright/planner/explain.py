@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 from math import isnan
 
+from shardwright.planner.candidates import MEMORY_TIE, TIE, Candidate, Predicate, measure, timed
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.names import family, summary
 from shardwright.planner.predict import Predictor
 from shardwright.planner.reasons import buys, shown
-from shardwright.planner.search import MEMORY_TIE, OWN_ENGINE_GAIN, TIE, Candidate, Predicate, Search, measure, timed
-from shardwright.planner.space import Point, block_count, decide, permitted_blocks
+from shardwright.planner.search import OWN_ENGINE_GAIN, Search
+from shardwright.planner.space import Pipe, Point, block_count, decide, permitted_blocks
 from shardwright.schemas.plan import Alternative, Reason, TimePart
 from shardwright.schemas.units import human_bytes, human_seconds
 
@@ -20,6 +21,9 @@ MOST_ALTERNATIVES = 16
 
 REASONED: dict[str, Callable[[Point], object]] = {
     "engine.name": lambda point: point.engine,
+    "pipeline.ranks": lambda point: 1 if point.pipe is None else point.pipe.ranks,
+    "pipeline.schedule": lambda point: None if point.pipe is None else (point.pipe.schedule, point.pipe.chunks),
+    "pipeline.cuts": lambda point: None if point.pipe is None else point.pipe.cuts,
     "mesh": lambda point: point.axes or point.shard,
     "states.parameters": lambda point: point.shard,
     "states.gradients": lambda point: (point.gradients_wait, point.gradient_degree == point.optimizer_degree),
@@ -28,7 +32,7 @@ REASONED: dict[str, Callable[[Point], object]] = {
     "engine.reshard_after_forward": lambda point: point.kept,
     "micro_batch": lambda point: point.micro_batch,
     "accumulation": lambda point: point.accumulation,
-    "checkpointing": lambda point: point.checkpointed,
+    "checkpointing": lambda point: point.checkpointed if point.pipe is None else point.pipe.checkpointed,
     "precision": lambda point: point.precision,
     "communication": lambda point: (point.int8_gathers, point.int4_reductions) if ENGINES[point.engine].flat else None,
 }
@@ -44,7 +48,7 @@ class Explainer:
         self._edited = frozenset(() if planned is None else changed(planned.point, chosen.point))
         self._chosen = self._timed(chosen)
         self._blocks = block_count(predictor.profile)
-        self._parts = {part.name: part for part in predictor.time.step(chosen.point).parts}
+        self._parts = {part.name: part for part in predictor.step(chosen.point).parts}
 
     def alternatives(self) -> tuple[Alternative, ...]:
         """The best of each kind and those that differ from the chosen point in one decision; best first."""
@@ -95,12 +99,17 @@ class Explainer:
         decision = decide(self._chosen.point, self._predictor.job.cluster, self._blocks)
         for key, value_of in REASONED.items():
             exact = key == "communication" and self._predictor.job.quality != "lossy"
-            if exact or value_of(self._chosen.point) is None:
+            if exact or value_of(self._chosen.point) is None or not self._is_choice(key):
                 continue
             because = f"{self._price(key)}."
             if key not in self._edited:
-                because = f"{buys(key, self._predictor, self._chosen)}. {because}"
+                price = because if key != "pipeline.cuts" else ""
+                because = f"{buys(key, self._predictor, self._chosen)}. {price}".strip()
             yield Reason(key=key, value=shown(decision, key), because=because)
+
+    def _is_choice(self, key: str) -> bool:
+        """Without any possible pipeline, that there is none is no choice."""
+        return key != "pipeline.ranks" or self._chosen.point.pipe is not None or self._found.has_pipelines
 
     # --- what is compared -------------------------------------------------------------------------------------------
 
@@ -117,10 +126,11 @@ class Explainer:
 
     def _kinds(self) -> Iterator[Candidate]:
         """The best of each kind that was predicted: feasible ones first, then those closest to fitting."""
-        seen = set()
+        seen: set[object] = set()
         for candidate in (*self._found.feasible, *self._found.infeasible):
-            kind = replace(candidate.point, micro_batch=0, accumulation=0, checkpointed=0, gradient_degree=0)
-            key = (kind, candidate.point.gradients_wait)
+            if candidate.point.pipe is not None and self._chosen.point.pipe is None:
+                continue
+            key = _kind(candidate.point)
             if key not in seen:
                 seen.add(key)
                 yield candidate
@@ -132,24 +142,46 @@ class Explainer:
             if other is not None:
                 yield other
         permitted = permitted_blocks(self._predictor.job, self._blocks)
-        for blocks in sorted({0, self._blocks}.intersection(permitted)):
+        for blocks in sorted({0, self._blocks}.intersection(permitted)) if self._chosen.point.pipe is None else ():
             yield self._measured(blocks)
 
     def _runner_up(self, key: str) -> Candidate | None:
-        """The best point that decides `key` otherwise; where none fits, the one that comes closest."""
-        chosen = self._chosen.point
+        """The best point that decides `key` otherwise, with pipeline stages if the chosen one has some and without if
+        not, unless `key` is their number; where none fits, the one that comes closest."""
+        chosen, value_of = self._chosen.point, REASONED[key]
         if key == "checkpointing":
             return self._checkpointing_runner_up()
-        value_of = REASONED[key]
-        return self._best(lambda point: value_of(point) not in (value_of(chosen), None))
+        if key == "pipeline.cuts":
+            return None
+
+        def differs(point: Point) -> bool:
+            alike = key in ("pipeline.ranks", "engine.name") or (point.pipe is None) == (chosen.pipe is None)
+            return alike and value_of(point) not in (value_of(chosen), None)
+
+        return self._best(differs)
 
     def _checkpointing_runner_up(self) -> Candidate | None:
         """One block fewer where some are checkpointed, one more where none is."""
+        if self._chosen.point.pipe is not None:
+            return self._recomputing_otherwise(self._chosen.point.pipe)
         permitted = permitted_blocks(self._predictor.job, self._blocks)
         chosen = self._chosen.point.checkpointed
         fewer = [blocks for blocks in permitted if blocks < chosen]
         more = [blocks for blocks in permitted if blocks > chosen]
         return self._measured(fewer[-1]) if fewer else self._measured(more[0]) if more else None
+
+    def _recomputing_otherwise(self, pipe: Pipe) -> Candidate | None:
+        """One block fewer on the stage that recomputes most, or one more on the first; a schedule that is searched
+        would be another one."""
+        if pipe.activation_limits or self._predictor.job.strategy.checkpointing != "auto":
+            return None
+        counts = list(pipe.checkpointed)
+        stage = counts.index(max(counts))
+        counts[stage] += -1 if counts[stage] else 1
+        if counts[stage] > len(pipe.blocks(stage, self._blocks)):
+            return None
+        other = replace(self._chosen.point, pipe=replace(pipe, checkpointed=tuple(counts)))
+        return timed(self._predictor, measure(self._predictor, other))
 
     def _measured(self, blocks: int) -> Candidate:
         return timed(self._predictor, measure(self._predictor, replace(self._chosen.point, checkpointed=blocks)))
@@ -177,7 +209,7 @@ class Explainer:
         nothing = TimePart(name="", seconds=0.0)
         grown = [
             (part.seconds - self._parts.get(part.name, nothing).seconds, part.name)
-            for part in self._predictor.time.step(candidate.point).parts
+            for part in self._predictor.step(candidate.point).parts
         ]
         seconds, name = max(grown)
         return f"{human_seconds(seconds)} more {name}" if seconds > 0 else ""
@@ -186,7 +218,7 @@ class Explainer:
 def misses(predictor: Predictor, candidate: Candidate) -> str:
     """Why a candidate does not fit."""
     blocks = block_count(predictor.profile)
-    even = f", even with all {blocks} blocks checkpointed" if blocks and candidate.point.checkpointed == blocks else ""
+    even = f", even with all {blocks} blocks checkpointed" if blocks and candidate.point.recomputed == blocks else ""
     if candidate.reserved > predictor.device_budget:
         over = human_bytes(candidate.reserved - predictor.device_budget)
         needs = f"needs {human_bytes(candidate.reserved)}, {over} over the {human_bytes(predictor.device_budget)}"
@@ -196,6 +228,14 @@ def misses(predictor: Predictor, candidate: Candidate) -> str:
     return (
         f"needs {human_bytes(candidate.host)} of host memory on a node, {over} over the {human_bytes(limit)} there are"
     )
+
+
+def _kind(point: Point) -> object:
+    """Equal for points of which one is enough to show: of pipelines, one of each schedule."""
+    if point.pipe is not None:
+        return point.pipe.schedule
+    kind = replace(point, micro_batch=0, accumulation=0, checkpointed=0, gradient_degree=0)
+    return kind, point.gradients_wait
 
 
 def _is_of(name: str, point: Point) -> bool:

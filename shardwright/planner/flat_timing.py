@@ -85,12 +85,13 @@ class FlatTime:
 
     def _sent(self, point: Point) -> dict[int, Communication]:
         """What a group of each kind sends."""
-        groups, layout = self._groups.flat(point.chain), point.chain
+        groups = self._groups.flat(point.chain)
+        return {kind: self.communication(point, groups[kind]) for kind in self._counts}
+
+    def communication(self, point: Point, unit: tuple[Bucket, ...]) -> Communication:
+        """What any unit sends under a point's layout."""
         element = PRECISIONS[point.precision].compute_bytes
-        return {
-            kind: self._sends(groups[kind], layout, element, point.int8_gathers, point.int4_reductions)
-            for kind in self._counts
-        }
+        return self._sends(unit, point.chain, element, point.int8_gathers, point.int4_reductions)
 
     def own(self, point: Point) -> int:
         """Elements that the optimizer of one device works on, padding included."""

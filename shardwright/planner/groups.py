@@ -99,6 +99,11 @@ class Groups:
         )
 
     @cached_property
+    def root_by_use(self) -> tuple[list[Parameter], list[Parameter]]:
+        """The root group's parameters that the embedding uses, and those that the head does; a tied one is in both."""
+        return self._split(self.root)
+
+    @cached_property
     def largest(self) -> int:
         """Elements of the largest group: what initialisation holds whole."""
         return max(sum(parameter.numel for parameter in group) for group in (*self.blocks, self.root))

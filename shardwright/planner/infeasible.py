@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shardwright.planner.candidates import Candidate
 from shardwright.planner.constants import device_constants
 from shardwright.planner.explain import Explainer
 from shardwright.planner.names import summary
 from shardwright.planner.predict import Predictor
 from shardwright.planner.relax import larger_clusters, pins, with_budget, with_memory, without
-from shardwright.planner.search import Candidate, Search
+from shardwright.planner.search import Search
 from shardwright.planner.space import block_count, profiled
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Infeasible

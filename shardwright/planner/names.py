@@ -5,14 +5,15 @@ from __future__ import annotations
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.flat import chain
 from shardwright.planner.precisions import PRECISIONS
-from shardwright.planner.space import Point
+from shardwright.planner.space import Pipe, Point
 
 
 def plan_name(point: Point, blocks: int) -> str:
-    """The field's name of a point, for example `FSDP2 x 8 (ZeRO-3), bf16, 12 of 32 blocks checkpointed`."""
+    """The field's name of a point, for example `FSDP2 x 8 (ZeRO-3), bf16, 12 of 32 blocks checkpointed` or
+    `PP 4 (zb-h1) x AMSP 1/1/16 of 16 (ZeRO-1), bf16`."""
     parts = [_layout(point), PRECISIONS[point.precision].short]
-    if point.checkpointed:
-        parts.append(f"{point.checkpointed} of {blocks} blocks checkpointed")
+    if point.recomputed:
+        parts.append(f"{point.recomputed} of {blocks} blocks checkpointed")
     return ", ".join(parts)
 
 
@@ -29,12 +30,17 @@ def family(point: Point) -> str:
     ZeRO-1 to -3: Rajbhandari et al. 2020, arXiv 1910.02054. ZeRO-1.5: ZeRO-1 inside groups, `zero1.size` of InternEvo.
     MiCS: Zhang et al. 2022, arXiv 2205.00119; with PyTorch's name HSDP. hpZ: ZeRO++, arXiv 2306.10209. Frontier: three
     degrees on three levels, arXiv 2501.04266. Everything else is only AMSP's, arXiv 2311.00257. With one micro-batch a
-    step no gradient accumulates, and ZeRO-1 is ZeRO-2.
+    step no gradient accumulates, and ZeRO-1 is ZeRO-2. All pipelines are one method, whatever their schedule.
     """
-    world = point.world
+    if point.pipe is not None:
+        return "pipeline"
+    return "one device" if point.world == 1 else _sharding(point)
+
+
+def _sharding(point: Point) -> str:
+    """Of the states among the processes that have the same parameters."""
+    world = point.copies
     parameters, gradients, states = point.shard, point.gradient_degree, point.optimizer_degree
-    if world == 1:
-        return "one device"
     if point.secondary is not None:
         return "ZeRO++ hpZ" if parameters == states == world else "AMSP with hpZ"
     if states == 1:
@@ -53,6 +59,8 @@ def family(point: Point) -> str:
 def _layout(point: Point) -> str:
     kept = " (parameters kept)" if point.kept else ""
     again = f" (hpZ {point.secondary})" if point.secondary is not None else ""
+    if point.pipe is not None:
+        return _pipeline(point, point.pipe)
     if point.world == 1:
         return f"one device{kept}"
     if point.engine == "ddp":
@@ -66,9 +74,16 @@ def _layout(point: Point) -> str:
     return f"FSDP2 x {point.shard}{kept or again or ' (ZeRO-3)'}"
 
 
+def _pipeline(point: Point, pipe: Pipe) -> str:
+    """`PP 4 (zb-v, 2 chunks) x AMSP 1/1/16 of 16 (ZeRO-1)`: devices of a pipeline, then the states among its copies."""
+    chunks = f", {pipe.chunks} chunks" if pipe.chunks > 1 else ""
+    name = f"PP {pipe.ranks} ({pipe.schedule}{chunks})"
+    return f"{name} x {_flat(point)}" if point.copies > 1 else name
+
+
 def _flat(point: Point) -> str:
     """`AMSP 2/8/64 of 64 (Frontier, parameters kept)`: degrees of parameters, gradients and optimizer states."""
-    method = family(point)
+    method, world = _sharding(point), point.copies
     notes = [] if method.startswith("AMSP") else [method]
     if point.secondary is not None:
         notes = [f"hpZ {point.secondary}"]
@@ -79,7 +94,7 @@ def _flat(point: Point) -> str:
     if point.int4_reductions:
         notes.append("int4 reductions")
     degrees = (point.shard, point.gradient_degree, point.optimizer_degree)
-    if point.axes != chain(point.world, *degrees, point.secondary).sizes:
+    if point.axes != chain(world, *degrees, point.secondary).sizes:
         notes.append("hierarchical")
-    name = f"AMSP {'/'.join(map(str, degrees))} of {point.world}"
+    name = f"AMSP {'/'.join(map(str, degrees))} of {world}"
     return f"{name} ({', '.join(notes)})" if notes else name

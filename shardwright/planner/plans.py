@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from shardwright.planner.assumptions import assumptions
+from shardwright.planner.candidates import Candidate, measure, timed
 from shardwright.planner.edited import checked_point
 from shardwright.planner.explain import Explainer
 from shardwright.planner.infeasible import infeasible
 from shardwright.planner.names import plan_name
+from shardwright.planner.pipelines.space import numbers_of_ranks, pipelines, refused_cuts
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
 from shardwright.planner.recipe import check_recipe
 from shardwright.planner.relax import pins, without
-from shardwright.planner.search import Candidate, Search, measure, timed
+from shardwright.planner.search import Search
 from shardwright.planner.space import Point, block_count, configurations, decide, unshardable
+from shardwright.schemas.checks import permits_no_pipeline
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Infeasible, ModelFacts, Plan
@@ -105,23 +110,33 @@ def _check_blocks(job: JobSpec, profile: ModelProfile) -> None:
         raise InputError(Diagnostic(key="strategy.checkpointing", message=message, suggestion=suggestion))
 
 
+def _uncut(job: JobSpec, profile: ModelProfile) -> str:
+    """Why a job that asks for pipeline stages gets none of any number: the model cannot be cut."""
+    free = without(job, *pins(job))
+    if permits_no_pipeline(job) or numbers_of_ranks(free, profile) or job.cluster.world_size == 1:
+        return ""
+    return refused_cuts(profile) or "the model has no repeated blocks to cut it at"
+
+
 def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
     """Which restriction excludes every point: those that alone do, else all together."""
 
     def permits_something(relaxed: JobSpec) -> bool:
-        return next(configurations(relaxed, profile), None) is not None
+        return next(chain(configurations(relaxed, profile), pipelines(relaxed, profile)), None) is not None
 
     pinned = pins(job)
     refused = unshardable(profile, "fsdp2")
     if not permits_something(without(job, *pinned)):
         world, batch = job.cluster.world_size, job.train.global_batch_sequences
         if batch % world:
+            # With pipeline stages fewer copies of the model would share it, where the model can be cut.
             message = f"{world} devices cannot share {batch} sequences equally"
             return [Diagnostic(key="train.global_batch", message=message)]
         return [
             Diagnostic(key="model", message=f"no engine can train the model here: {refused or 'no precision fits'}")
         ]
     alone = [key for key in pinned if permits_something(without(job, key))] or pinned
+    refused = refused or _uncut(job, profile)
     why = f" ({refused})" if refused else ""
     stay = "as it is" if len(pinned) == 1 else "as they are"
     message = f"with {' and '.join(pinned)} {stay}, no engine can run the job{why}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shardwright.planner.candidates import Candidate
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import OWN_ENGINE_GAIN, Candidate
-from shardwright.planner.space import decide
+from shardwright.planner.schedules.table import SCHEDULES
+from shardwright.planner.search import OWN_ENGINE_GAIN
+from shardwright.planner.space import Point, block_count, decide
 from shardwright.schemas.plan import Decision
 from shardwright.schemas.units import human_bytes, human_seconds
 
@@ -32,39 +34,92 @@ def _engine(predictor: Predictor, chosen: Candidate) -> str:
         return "One device needs no communication"
     if point.engine == "ddp":
         return "Replicated states need no gathers, only one all-reduce of the gradients a step"
+    if point.pipe is not None:
+        return f"Runs pipeline stages; {_has_to_be_faster(point)}"
     if point.engine == "amsp":
-        return (
-            "The only one that shards each state over a number of devices of its own; "
-            f"{ENGINES[point.engine].run_on}, so it has to be {100 * OWN_ENGINE_GAIN:g} % faster than a stock engine"
-        )
+        return f"The only one that shards each state over a number of devices of its own; {_has_to_be_faster(point)}"
     if point.shard == 1:
         return f"{PRECISIONS[point.precision].short} compute on float32 masters; nothing is sharded"
     return f"Shards parameters and optimizer states over {point.shard} devices, and gathers block by block"
+
+
+def _has_to_be_faster(point: Point) -> str:
+    least = f"{100 * OWN_ENGINE_GAIN:g} %"
+    return f"{ENGINES[point.engine].run_on}, so it has to be {least} faster than a stock engine"
+
+
+def _ranks(predictor: Predictor, chosen: Candidate) -> str:
+    point = chosen.point
+    if point.pipe is None:
+        return "Every device runs the whole model, and none waits for another one's activations"
+    sent = max(predictor.pipelines.costs.messages(point).values(), default=0)
+    copies = f"{point.copies} such copies train side by side" if point.copies > 1 else "there is one such copy"
+    return (
+        f"One copy of the model lies on {point.pipe.ranks} devices; {copies}. From stage to stage go up to "
+        f"{human_bytes(sent)} a micro-batch"
+    )
+
+
+def _schedule(predictor: Predictor, chosen: Candidate) -> str:
+    point = chosen.point
+    assert point.pipe is not None, "only pipelines have a schedule"
+    predicted = predictor.pipelines.prediction(point)
+    summary = SCHEDULES[point.pipe.schedule].summary
+    bubble, gap = 100 * max(0.0, predicted.bubble_rate), 100 * max(0.0, predicted.gap)
+    limits = "within these memory limits" if point.pipe.activation_limits else "of these stages"
+    return (
+        f"{summary[:1].upper()}{summary[1:]}; its bubble is {bubble:.1f} % of the busiest device's time, and no "
+        f"schedule {limits} is shorter by more than {gap:.1f} %"
+    )
+
+
+def _cuts(predictor: Predictor, chosen: Candidate) -> str:
+    pipe = chosen.point.pipe
+    assert pipe is not None, "only pipelines are cut"
+    costs = predictor.pipelines.costs.costs(chosen.point)
+    times = [sum(each) for each in zip(costs.forward, costs.input_gradient, costs.weight_gradient, strict=True)]
+    sizes = [len(pipe.blocks(stage, block_count(predictor.profile))) for stage in range(pipe.layout.stages)]
+    blocks = (
+        f"{min(sizes)} to {max(sizes)} blocks"
+        if min(sizes) < max(sizes)
+        else f"{sizes[0]} block{'s' * (sizes[0] != 1)}"
+    )
+    return (
+        f"Stages of {blocks}, balanced with embedding, head and what is recomputed: the slowest takes "
+        f"{human_seconds(max(times))} of a micro-batch, all of them {human_seconds(sum(times) / len(times))} on average"
+    )
 
 
 def _mesh(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
     if point.world == 1:
         return "There is one device"
-    if point.axes:
+    if point.axes or point.pipe is not None:
         levels = decide(point, predictor.job.cluster, 0).mesh.axes
         spans = [f"{axis.name} {axis.size} over {' and '.join(axis.levels)}" for axis in reversed(levels)]
-        return f"One axis from each shard degree to the next: {', '.join(spans)}"
+        stages = "One axis for the stages, then one" if point.pipe is not None else "One axis"
+        return f"{stages} from each shard degree to the next: {', '.join(spans)}"
     if point.shard == 1:
         return f"A whole copy of the states on each of {point.world} devices"
     copies = f"{point.replicas} copies of the states, each" if point.replicas > 1 else "One copy of the states"
     return f"{copies} over {point.shard} neighbouring devices"
 
 
+def _at_rest(predictor: Predictor, point: Point) -> dict[str, int]:
+    """Bytes of the states on the fullest device."""
+    memory = predictor.memory if point.pipe is None else predictor.pipelines.memory
+    return {str(name): size for name, size in memory.prediction(point).at_rest.items()}
+
+
 def _states(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
-    parameters = predictor.memory.prediction(chosen.point).at_rest["parameters"]
+    parameters = _at_rest(predictor, point)["parameters"]
     over = f"spread over {point.shard} devices" if point.shard > 1 else "on every device"
     return f"Parameters {over} take {human_bytes(parameters)} each"
 
 
 def _optimizer(predictor: Predictor, chosen: Candidate) -> str:
-    states = predictor.memory.prediction(chosen.point).at_rest["optimizer_states"]
+    states = _at_rest(predictor, chosen.point)["optimizer_states"]
     if not states:
         return "The optimizer keeps none"
     return f"Optimizer states take {human_bytes(states)} a device and are never gathered"
@@ -88,9 +143,13 @@ def _communication(predictor: Predictor, chosen: Candidate) -> str:
 
 def _checkpointing(predictor: Predictor, chosen: Candidate) -> str:
     room = f"{human_bytes(chosen.reserved)} of {human_bytes(predictor.device_budget)} reserved at the peak"
-    if chosen.point.checkpointed == 0:
+    if chosen.point.recomputed == 0:
         return f"Nothing need be recomputed: {room}"
-    parts = {part.name: part.seconds for part in predictor.time.step(chosen.point).parts}
+    parts = {part.name: part.seconds for part in predictor.step(chosen.point).parts}
+    if chosen.point.pipe is not None:
+        where = "where micro-batches in flight leave no room"
+        slowest = human_seconds(parts.get("recompute", 0.0))
+        return f"Recomputed {where} ({room}); on the busiest device that takes {slowest} a step"
     fewest = "The fewest" if predictor.job.strategy.checkpointing == "auto" else "The fewest of those permitted"
     return f"{fewest} that fit ({room}); recomputing takes {human_seconds(parts['recompute'])} a step"
 
@@ -104,7 +163,9 @@ def _micro_batch(predictor: Predictor, chosen: Candidate) -> str:
 
 def _accumulation(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
-    at_once = point.micro_batch * point.world
+    at_once = point.micro_batch * point.copies
+    if point.pipe is not None:
+        return f"{point.accumulation} micro-batches of {at_once} sequences fill the pipeline"
     if point.accumulation == 1:
         return f"The {at_once} sequences of a global batch run at once"
     return f"{at_once} sequences run at once, so a global batch takes {point.accumulation} rounds"
@@ -130,6 +191,9 @@ def _gradients(predictor: Predictor, chosen: Candidate) -> str:
 
 _BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
     "engine.name": _engine,
+    "pipeline.ranks": _ranks,
+    "pipeline.schedule": _schedule,
+    "pipeline.cuts": _cuts,
     "mesh": _mesh,
     "states.parameters": _states,
     "states.gradients": _gradients,
@@ -144,6 +208,8 @@ _BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
 }
 
 _VALUES: dict[str, Callable[..., str]] = {
+    "pipeline.ranks": lambda ranks: str(ranks) if ranks > 1 else "no pipeline",
+    "pipeline.cuts": lambda cuts: f"after blocks {', '.join(map(str, cuts))}",
     "mesh": lambda mesh: " x ".join(f"{axis.name} {axis.size}" for axis in mesh.axes) or "one device",
     "states.parameters": lambda state: str(state.degree),
     "states.gradients": lambda state: str(state.degree),

@@ -23,57 +23,33 @@ prediction says that it is faster by OWN_ENGINE_GAIN at least.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
-from math import inf, nan
+from math import inf
 from typing import Any, NamedTuple
 
+from shardwright.planner.candidates import (
+    TIE,
+    Candidate,
+    Predicate,
+    best_first,
+    measure,
+    memory_rank,
+    missing,
+    shortfall,
+    simplicity,
+    timed,
+)
 from shardwright.planner.engines import ENGINES
-from shardwright.planner.memory import Phase
 from shardwright.planner.names import family
+from shardwright.planner.pipelines.search import PipelineSearch
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
 from shardwright.planner.space import Point, block_count, configurations, permitted_blocks
 
-TIE = 0.005
-"""Step times this close to the shortest (relative) count as equal to it: predictions are not better than that. Among
-them less memory wins, then the simpler point."""
-MEMORY_TIE = 20
-"""Memory counts as equal within this part of the budget: little of it is no reason to leave the simpler point."""
 OWN_ENGINE_GAIN = 0.05
 """By how much faster `amsp` has to be than the best stock engine ([Note: stock engines first])."""
-
-Predicate = Callable[[Point], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A point that was looked at."""
-
-    point: Point
-    peak: Phase
-    reserved: int
-    host: int
-    fits: bool
-    seconds: float = nan
-    """Step time, once it was asked for."""
-
-
-def simplicity(point: Point) -> tuple[int, ...]:
-    """Smaller is simpler: fewer blocks recomputed, less sharding, gradients reduced at once, fewer micro-batches."""
-    extras = len(point.axes) + (point.secondary is not None) + len(point.int8_gathers) + len(point.int4_reductions)
-    waits = point.gradient_degree != point.optimizer_degree
-    return (
-        point.checkpointed,
-        list(ENGINES).index(point.engine),
-        extras,
-        point.shard,
-        point.optimizer_degree,
-        bool(point.kept),
-        waits,
-        point.accumulation,
-    )
 
 
 class _Bounds(NamedTuple):
@@ -98,9 +74,9 @@ class Search:
         for point in configurations(predictor.job, predictor.profile):
             floor = memory.at_rest_floor(point)
             reserved = memory.reserved(floor)
-            missing = _missing(predictor, reserved, memory.host_bytes(point, floor))
-            self._by_memory.append(((missing, simplicity(point)), point))
-            fewest = None if missing else memory.fewest_blocks(point, budget)
+            short = missing(predictor, reserved, memory.host_bytes(point, floor))
+            self._by_memory.append(((short, simplicity(point)), point))
+            fewest = None if short else memory.fewest_blocks(point, budget)
             blocks = None if fewest is None else next((each for each in permitted if each >= fewest), None)
             if blocks is not None:
                 seconds = predictor.time.least(replace(point, checkpointed=blocks))
@@ -109,21 +85,28 @@ class Search:
         self._by_time = sorted(bounds, key=_first)
         self._results: dict[Point, Candidate | None] = {}
         self._full: dict[Point, int] = {}
+        self._pipelines = PipelineSearch(predictor)
 
     @property
     def considered(self) -> int:
-        """Configurations, each with its best checkpointing."""
-        return len(self._by_memory)
+        """Configurations, each with its best checkpointing, and pipelines, each with its best cut too."""
+        return len(self._by_memory) + self._pipelines.considered
 
     @cached_property
     def families(self) -> list[str]:
         """The methods that have points here, those that need least memory first."""
-        return list(dict.fromkeys(family(point) for _, point in self._by_memory))
+        plain = (point for _, point in self._by_memory)
+        return list(dict.fromkeys(map(family, (*plain, *self._pipelines.points))))
+
+    @property
+    def has_pipelines(self) -> bool:
+        """Whether the space has points with pipeline stages."""
+        return self._pipelines.considered > 0
 
     @property
     def measured(self) -> int:
         """Those that were predicted in full so far."""
-        return sum(result is not None for result in self._results.values())
+        return sum(1 for _ in self._measured())
 
     @property
     def feasible(self) -> list[Candidate]:
@@ -144,6 +127,13 @@ class Search:
     def best(self, where: Predicate, at_most: float = inf) -> Candidate | None:
         """The fastest configuration that fits, of those that `where` picks and that take `at_most` so many seconds;
         ties as `best_first` has them."""
+        plain = self._best_plain(where, at_most)
+        pipeline = self._pipelines.best(where, at_most if plain is None else min(at_most, plain.seconds * (1 + TIE)))
+        found = [each for each in (plain, pipeline) if each is not None]
+        return best_first(found, self._predictor.device_budget)[0] if found else None
+
+    def _best_plain(self, where: Predicate, at_most: float) -> Candidate | None:
+        """Without pipeline stages."""
         picked = [each for each in self._by_time if where(each.point) and each.seconds <= at_most]
         found = [each for each in self._ascending(picked, slack=0.0) if each.seconds <= at_most]
         if not found:
@@ -155,6 +145,9 @@ class Search:
         """A configuration that `where` picks and that fits, such that none is faster by more than TIE."""
         picked = [each for each in self._by_time if where(each.point)]
         found = self._ascending(picked, slack=TIE)
+        fastest = min((each.seconds for each in found), default=inf)
+        pipeline = self._pipelines.best(where, fastest)
+        found += [] if pipeline is None else [pipeline]
         return best_first(found, self._predictor.device_budget)[0] if found else None
 
     def _ascending(self, picked: list[_Bounds], slack: float) -> list[Candidate]:
@@ -175,10 +168,11 @@ class Search:
         budget = self._predictor.device_budget
         best = best_first(found, budget)[0]
         bounds = [
-            (_rank(each.reserved, replace(each.point, checkpointed=each.blocks), budget), each.point) for each in ties
+            (memory_rank(each.reserved, replace(each.point, checkpointed=each.blocks), budget), each.point)
+            for each in ties
         ]
         for bound, point in sorted(bounds, key=_first):
-            if bound > _rank(best.reserved, best.point, budget):
+            if bound > memory_rank(best.reserved, best.point, budget):
                 break
             candidate = self._result(point)
             if candidate is not None and candidate.fits and candidate.seconds <= fastest * (1 + TIE):
@@ -186,7 +180,12 @@ class Search:
         return best
 
     def closest(self, where: Predicate) -> Candidate | None:
-        """Where none of those that `where` picks fits: the one that misses the budgets by least."""
+        """Where none of those that `where` picks fits: the one that misses the budgets by least; of pipelines one of
+        those that do by little."""
+        found = [each for each in (self._closest_plain(where), self._pipelines.closest(where)) if each is not None]
+        return min(found, key=self._distance, default=None)
+
+    def _closest_plain(self, where: Predicate) -> Candidate | None:
         nearest: Candidate | None = None
         for bound, point in self._by_memory:
             if nearest is not None and bound >= self._distance(nearest):
@@ -197,7 +196,8 @@ class Search:
         return nearest
 
     def _measured(self) -> Iterator[Candidate]:
-        return (result for result in self._results.values() if result is not None)
+        yield from (result for result in self._results.values() if result is not None)
+        yield from self._pipelines.measured
 
     def _distance(self, candidate: Candidate) -> tuple[int, tuple[int, ...]]:
         return shortfall(self._predictor, candidate), simplicity(candidate.point)
@@ -227,22 +227,6 @@ def _first(entry: tuple[Any, ...]) -> Any:
     return entry[0]
 
 
-def _rank(reserved: int, point: Point, budget: int) -> tuple[int, tuple[int, ...]]:
-    """Among equally fast ones the lower is better."""
-    return reserved * MEMORY_TIE // budget, simplicity(point)
-
-
-def best_first(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
-    """Those that tie with the fastest, least memory and then simplest first; behind them the others by time."""
-    fastest = min((each.seconds for each in candidates), default=nan)
-
-    def order(each: Candidate) -> tuple[float, int, tuple[int, ...], int]:
-        time = max(each.seconds, fastest * (1 + TIE))
-        return time, *_rank(each.reserved, each.point, budget), each.reserved
-
-    return sorted(candidates, key=order)
-
-
 def least_that_fits(predictor: Predictor, configuration: Point) -> Candidate | None:
     """The configuration with the fewest checkpointed blocks that fit, or with those that come closest; None where the
     job permits no number of blocks."""
@@ -263,29 +247,6 @@ def least_that_fits(predictor: Predictor, configuration: Point) -> Candidate | N
         if blocks == permitted[0] and saving > 0:
             least = blocks + (candidate.reserved - predictor.device_budget) / saving
     return closest
-
-
-def measure(predictor: Predictor, point: Point) -> Candidate:
-    """A point's memory against the budgets."""
-    peak = predictor.memory.peak(point)
-    reserved = predictor.memory.reserved(peak.total)
-    host = predictor.memory.host_bytes(point, peak.total)
-    fits = reserved <= predictor.device_budget and host <= predictor.job.host_memory_limit
-    return Candidate(point, peak, reserved, host, fits)
-
-
-def timed(predictor: Predictor, candidate: Candidate) -> Candidate:
-    """The candidate with its step time."""
-    return replace(candidate, seconds=predictor.time.step(candidate.point).seconds)
-
-
-def shortfall(predictor: Predictor, candidate: Candidate) -> int:
-    """Bytes by which a candidate misses its budgets, device and host together."""
-    return _missing(predictor, candidate.reserved, candidate.host)
-
-
-def _missing(predictor: Predictor, reserved: int, host: int) -> int:
-    return max(0, reserved - predictor.device_budget) + max(0, host - predictor.job.host_memory_limit)
 
 
 def _largest_saving(predictor: Predictor, configuration: Point) -> float:

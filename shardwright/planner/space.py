@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 from shardwright.planner.engines import ENGINES, EngineName
@@ -11,10 +11,12 @@ from shardwright.planner.flat import ALIGNMENT, Chain
 from shardwright.planner.layouts import Layout, layouts, level_ends
 from shardwright.planner.precisions import PRECISIONS, Precision, permitted_precisions
 from shardwright.planner.quantized import BLOCK
+from shardwright.planner.schedules.timetable import Layout as StageLayout
+from shardwright.planner.schedules.timetable import Placement
 from shardwright.schemas.base import permits
-from shardwright.schemas.checks import divisors
+from shardwright.schemas.checks import divisors, permits_no_pipeline
 from shardwright.schemas.cluster import ClusterSpec, LevelSpec
-from shardwright.schemas.job import STOCK_ENGINES, JobSpec
+from shardwright.schemas.job import STOCK_ENGINES, JobSpec, ScheduleName
 from shardwright.schemas.plan import (
     Checkpointing,
     Communication,
@@ -22,10 +24,39 @@ from shardwright.schemas.plan import (
     Engine,
     Mesh,
     MeshAxis,
+    Pipeline,
     States,
     StateSharding,
 )
 from shardwright.schemas.profile import ModelProfile
+
+PIPELINE_AXIS = "pp"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipe:
+    """The pipeline of a point: see `schemas.plan.Pipeline`."""
+
+    ranks: int
+    chunks: int
+    placement: Placement
+    schedule: ScheduleName
+    cuts: tuple[int, ...]
+    """Blocks before the end of each stage but the last."""
+    checkpointed: tuple[int, ...]
+    """Of each stage, its first blocks, whose forward is recomputed."""
+    activation_limits: tuple[int, ...] = ()
+    """Of each rank, in bytes, for schedules that are searched."""
+
+    @property
+    def layout(self) -> StageLayout:
+        """Which rank has which stages."""
+        return StageLayout(self.ranks, self.chunks, self.placement)
+
+    def blocks(self, stage: int, of: int) -> range:
+        """The blocks of a stage, of a model of so many."""
+        ends = (0, *self.cuts, of)
+        return range(ends[stage], ends[stage + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +65,10 @@ class Point:
 
     engine: EngineName
     world: int
+    """Devices, those of all pipeline stages together."""
+    pipe: Pipe | None = None
+    """None without pipeline stages; with them, `shard` and the other degrees, `axes` and `micro_batch` are those of
+    the processes that have the same stages."""
     shard: int
     """Devices that parameters at rest are spread over."""
     optimizer_degree: int
@@ -58,9 +93,19 @@ class Point:
     precision: Precision
 
     @property
+    def copies(self) -> int:
+        """Processes that train the same stages on different samples."""
+        return self.world if self.pipe is None else self.world // self.pipe.ranks
+
+    @property
     def replicas(self) -> int:
         """Copies of the sharded parameters."""
-        return self.world // self.shard
+        return self.copies // self.shard
+
+    @property
+    def recomputed(self) -> int:
+        """Blocks whose forward is recomputed, of all stages together."""
+        return self.checkpointed if self.pipe is None else sum(self.pipe.checkpointed)
 
     @property
     def gradients_wait(self) -> bool:
@@ -147,11 +192,14 @@ def permitted_engines(job: JobSpec, profile: ModelProfile) -> tuple[EngineName, 
 
 
 def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
-    """Every permitted point with nothing checkpointed, in a fixed order; the search adds checkpointing.
+    """Every permitted point without pipeline stages and with nothing checkpointed, in a fixed order; the search adds
+    checkpointing.
 
     What a permitted stock engine can run is not offered as `amsp` as well.
     """
     world = job.cluster.world_size
+    if not permits_no_pipeline(job):
+        return
     engines = permitted_engines(job, profile)
     # Whether micro-batches accumulate matters to a layout, how many do not.
     layouts_of = cache(lambda name, accumulation: tuple(layouts(job, ENGINES[name], accumulation)))
@@ -195,6 +243,7 @@ def _point(
 
 def decide(point: Point, cluster: ClusterSpec, blocks: int) -> Decision:
     """The point as a plan states it."""
+    recomputed = point.recomputed
     return Decision(
         mesh=Mesh(world_size=point.world, axes=_axes(point, cluster)),
         states=States(
@@ -205,10 +254,9 @@ def decide(point: Point, cluster: ClusterSpec, blocks: int) -> Decision:
         ),
         micro_batch=point.micro_batch,
         accumulation=point.accumulation,
-        checkpointing=Checkpointing(
-            policy="full" if point.checkpointed else "none", blocks=point.checkpointed, of=blocks
-        ),
+        checkpointing=Checkpointing(policy="full" if recomputed else "none", blocks=recomputed, of=blocks),
         precision=point.precision,
+        pipeline=Pipeline() if point.pipe is None else Pipeline(**asdict(point.pipe)),
         communication=Communication(
             int8_gathers=tuple(axis_name(axis) for axis in point.int8_gathers),
             int4_reductions=tuple(axis_name(axis) for axis in point.int4_reductions),
@@ -221,21 +269,34 @@ def point_of(decision: Decision) -> Point:
     """The point that a decision states; the inverse of `decide`, without its checks."""
     reshard, states = decision.engine.reshard_after_forward, decision.states
     names = [axis.name for axis in reversed(decision.mesh.axes)]
-    flat = ENGINES[decision.engine.name].flat
+    flat, pipeline = ENGINES[decision.engine.name].flat, decision.pipeline
+    pipe = None
+    if pipeline.schedule != "none":
+        pipe = Pipe(
+            ranks=pipeline.ranks,
+            chunks=pipeline.chunks,
+            placement=pipeline.placement,
+            schedule=pipeline.schedule,
+            cuts=pipeline.cuts,
+            checkpointed=pipeline.checkpointed,
+            activation_limits=pipeline.activation_limits,
+        )
+        names = [name for name in names if name != PIPELINE_AXIS]
     return Point(
         engine=decision.engine.name,
         world=decision.mesh.world_size,
+        pipe=pipe,
         shard=states.parameters.degree,
         optimizer_degree=states.optimizer_states.degree,
         gradient_degree=states.gradients.degree,
         secondary=None if states.secondary is None else states.secondary.degree,
-        axes=tuple(axis.size for axis in reversed(decision.mesh.axes)) if flat else (),
+        axes=tuple(axis.size for axis in reversed(decision.mesh.axes) if axis.name in names) if flat else (),
         int8_gathers=tuple(names.index(name) for name in decision.communication.int8_gathers),
         int4_reductions=tuple(names.index(name) for name in decision.communication.int4_reductions),
         kept=None if reshard is None else not reshard,
         micro_batch=decision.micro_batch,
         accumulation=decision.accumulation,
-        checkpointed=decision.checkpointing.blocks,
+        checkpointed=decision.checkpointing.blocks if pipe is None else 0,
         precision=decision.precision,
     )
 
@@ -260,6 +321,8 @@ def _axes(point: Point, cluster: ClusterSpec) -> tuple[MeshAxis, ...]:
     if ENGINES[point.engine].flat:
         inners = level_ends(point.axes)
         made = [axis(axis_name(index), inners[index], size) for index, size in enumerate(point.axes)]
+        if point.pipe is not None:
+            made.append(axis(PIPELINE_AXIS, point.copies, point.pipe.ranks))
         return tuple(reversed(made))
     replicate, shard = axis("dp_replicate", point.shard, point.replicas), axis("dp_shard", 1, point.shard)
     if not ENGINES[point.engine].shards:

@@ -13,6 +13,7 @@ from shardwright.report.schedule import draw_misfit, draw_schedule, draw_stop, m
 from shardwright.report.schedule_svg import schedule_svg
 from shardwright.report.schedule_trace import schedule_trace
 from shardwright.report.search import draw_infeasible, draw_why, why_fields
+from shardwright.report.stages import schedule_of
 from shardwright.report.svg import profile_svg
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "profile_svg",
     "rehearsal_fields",
     "schedule_fields",
+    "schedule_of",
     "schedule_svg",
     "schedule_trace",
     "why_fields",

@@ -58,24 +58,42 @@ def draw_stage(stage: StageMemory, scale: int) -> Grid:
     return Grid(columns, (*rows, total), continued=True)
 
 
+def draw_others(memory: Memory, scale: int) -> Group:
+    """One row a rank of the pipeline, one column for what takes the bytes at its peak."""
+    peaks = [next(phase for phase in stage.phases if phase.name == stage.peak_phase) for stage in memory.stages]
+    names = categories(tuple(peaks))
+    columns = [Column("rank", "number"), *(Column(words(name).replace(" ", "\n"), "number") for name in names)]
+    rows = [
+        Row((str(stage.stage), *(in_unit(peak.bytes.get(name, 0), scale) for name in names)))
+        for stage, peak in zip(memory.stages, peaks, strict=True)
+    ]
+    return Group(Text(), Text("each rank at its own peak", style="dim"), Grid(columns, rows, continued=True))
+
+
 def _peak_style(phase: MemoryPhase, stage: StageMemory) -> str:
     return "yellow" if phase.name == stage.peak_phase else ""
+
+
+def fullest_of(memory: Memory) -> StageMemory:
+    """The rank of the pipeline that the budget limits; without a pipeline, the only one."""
+    return max(memory.stages, key=lambda stage: (stage.peak_reserved_bytes, stage.peak_allocated_bytes))
 
 
 def draw_memory(memory: Memory, limit: int) -> Group:
     """Everything that the plan says about memory; `limit` is what the allocator may reserve."""
     unit, scale = common_unit(memory.peak_allocated_bytes)
-    fullest = max(memory.stages, key=lambda stage: stage.peak_allocated_bytes)
+    fullest = fullest_of(memory)
     peak = next(phase for phase in fullest.phases if phase.name == fullest.peak_phase)
+    on = f", on rank {fullest.stage}" if len(memory.stages) > 1 else ""
     parts: list[RenderableType] = [
-        heading("Memory of the fullest device", f"at the peak of the step: {words(peak.name)}"),
+        heading("Memory of the fullest device", f"at the peak of the step: {words(peak.name)}{on}"),
         draw_categories(peak.bytes, memory.peak_reserved_bytes, limit),
         Text(),
-        heading(f"Memory by phase, in {unit}", "alive at the worst moment of each phase"),
+        heading(f"Memory by phase, in {unit}", f"alive at the worst moment of each phase{on}"),
+        draw_stage(fullest, scale),
     ]
-    for stage in memory.stages:
-        parts += [Text(f"stage {stage.stage}")] if len(memory.stages) > 1 else []
-        parts.append(draw_stage(stage, scale))
+    if on:
+        parts.append(draw_others(memory, scale))
     at_rest = [(words(name), human_bytes(size) + _WHEN.get(name, "")) for name, size in memory.at_rest.items()]
     host = ("host memory", f"{human_bytes(memory.host_bytes)} a node")
     return Group(*parts, Text(), heading("At rest", "between two steps, on rank 0; exact"), facts([*at_rest, host]))

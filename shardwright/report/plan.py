@@ -23,12 +23,14 @@ from shardwright.report.layout import (
     plural,
 )
 from shardwright.report.memory import against_limit, draw_memory
+from shardwright.report.pipeline import draw_pipeline, pipeline_parts, schedule_line
 from shardwright.report.search import draw_alternatives, draw_why
+from shardwright.report.stages import copies_of, piped
 from shardwright.report.states import draw_states
 from shardwright.report.time import draw_collectives, draw_time
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.job import JobSpec
-from shardwright.schemas.plan import Decision, Plan, StateSharding
+from shardwright.schemas.plan import Decision, Pipeline, Plan, StateSharding
 from shardwright.schemas.units import human_count, human_seconds
 
 _PRECISIONS = {
@@ -65,10 +67,13 @@ def _decided(plan: Plan) -> Iterable[tuple[str, str]]:
     decision = plan.decision
     yield "engine", _engine(decision)
     yield "mesh", " x ".join(_axis(axis.name, axis.size, axis.levels) for axis in decision.mesh.axes) or "one process"
+    staged = decision.pipeline.schedule != "none"
+    if staged:
+        yield "pipeline", _pipeline(decision.pipeline)
     for name in _STATES:
-        yield name.replace("_", " "), _sharding(getattr(decision.states, name))
+        yield name.replace("_", " "), _sharding(getattr(decision.states, name), piped=staged)
         if name == "parameters" and decision.states.secondary is not None:
-            yield "second copy", f"{_sharding(decision.states.secondary)}, for backward"
+            yield "second copy", f"{_sharding(decision.states.secondary, piped=staged)}, for backward"
     for name, axes in decision.communication:
         if axes:
             yield name.replace("_", " "), f"over {', '.join(axes)}"
@@ -82,23 +87,33 @@ def _engine(decision: Decision) -> str:
     return decision.engine.name + kept[decision.engine.reshard_after_forward]
 
 
+def _pipeline(pipeline: Pipeline) -> str:
+    each = f", {plural(pipeline.chunks, 'stage')} each" if pipeline.chunks > 1 else ""
+    stages = plural(len(pipeline.cuts) + 1, "stage")
+    return f"{stages} on {plural(pipeline.ranks, 'rank')}{each}, schedule {pipeline.schedule}"
+
+
 def _axis(name: str, size: int, levels: tuple[str, ...]) -> str:
     return f"{name} {size}" + (f" over {', '.join(levels)}" if levels else "")
 
 
-def _sharding(state: StateSharding) -> str:
+def _sharding(state: StateSharding, *, piped: bool = False) -> str:
+    whose = "of its stages, " if piped else ""
     if state.degree == 1:
-        return "whole on each device"
-    return f"1/{state.degree} on each device" + (f", one copy over {', '.join(state.levels)}" if state.levels else "")
+        return f"{whose}whole on each device"
+    over = f", one copy over {', '.join(state.levels)}" if state.levels else ""
+    return f"{whose}1/{state.degree} on each device{over}"
 
 
 def _batch(plan: Plan) -> str:
     decision, train = plan.decision, plan.job.train
-    sequences = train.global_batch_sequences
-    split = (
-        f"{plural(decision.mesh.world_size, 'device')} x micro-batch {decision.micro_batch}"
-        f" x {plural(decision.accumulation, 'accumulation step')}"
-    )
+    sequences, copies = train.global_batch_sequences, copies_of(decision)
+    if decision.pipeline.schedule == "none":
+        times = plural(decision.accumulation, "accumulation step")
+        split = f"{plural(copies, 'device')} x micro-batch {decision.micro_batch} x {times}"
+    else:
+        times = plural(decision.accumulation, "micro-batch", "micro-batches")
+        split = f"{plural(copies, 'pipeline')} x {times} of {decision.micro_batch}"
     return f"{plural(sequences, 'sequence')} = {split}; {human_count(sequences * train.sequence_length)} tokens"
 
 
@@ -114,8 +129,10 @@ def _predicted(plan: Plan) -> list[tuple[str, Cell]]:
     reserved, limit = prediction.memory.peak_reserved_bytes, device_limit(plan.job)
     rate = f"{human_count(prediction.tokens_per_s)} tokens/s, MFU {percent(prediction.mfu)}"
     tokens = train.total_steps * train.global_batch_sequences * train.sequence_length
+    schedule = schedule_line(plan)
     return [
         ("step", f"{human_seconds(prediction.step_time_s)}, {rate}"),
+        *([("schedule", schedule)] if schedule else []),
         (
             "run",
             f"{plural(train.total_steps, 'step')}, {human_count(tokens)} tokens,"
@@ -149,15 +166,19 @@ def draw_assumptions(plan: Plan) -> Group:
 
 def draw_plan(plan: Plan) -> Group:
     """What `plan` shows: the summary, the reasons, what came closest."""
-    return page(draw_summary(plan), draw_reasons(plan), draw_alternatives(plan, most=3))
+    pipe = piped(plan)
+    drawn = [draw_pipeline(pipe)] if pipe else []
+    return page(draw_summary(plan), *drawn, draw_reasons(plan), draw_alternatives(plan, most=3))
 
 
 def draw_inspection(plan: Plan) -> Group:
     """Everything in the plan."""
+    pipe, limit = piped(plan), device_limit(plan.job)
     parts: tuple[RenderableType, ...] = (
         draw_summary(plan),
+        *(pipeline_parts(pipe, limit) if pipe else ()),
         draw_states(plan),
-        draw_memory(plan.prediction.memory, device_limit(plan.job)),
+        draw_memory(plan.prediction.memory, limit),
         draw_time(plan.prediction),
         draw_collectives(plan.prediction.collectives),
         draw_why(plan),

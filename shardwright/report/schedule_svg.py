@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from shardwright.planner.schedules.timetable import Action
-from shardwright.report.schedule import KINDS, Schedule, schedule_facts, schedule_title
+from shardwright.report.schedule import Schedule, schedule_facts, schedule_title
 from shardwright.report.svg import MARK, shown, text_element
+from shardwright.report.time_grid import KINDS
 
 _STYLE = """\
 svg.shardwright { --paper: #ffffff; --ink: #1b1f24; --dim: #57606a; --line: #d0d7de; --on: #1b1f24;
@@ -106,11 +107,11 @@ class _Gantt:
 
     def _axis(self) -> Iterator[str]:
         """Vertical lines at round times."""
-        step = _round_step(self.makespan / _TICKS)
+        step, unit = _round_step(self.makespan / _TICKS), self.schedule.measures.time
         for index in range(int(self.makespan / step * (1 + 1e-9)) + 1):
             x = self.x(index * step)
             yield f'<path class="line" d="M {x:g} {self.top - 6:g} V {self.bottom:g}"/>'
-            yield text_element(x, self.bottom + _LINE, f"{index * step:g}", "dim middle")
+            yield text_element(x, self.bottom + _LINE, f"{index * step:g}{unit}", "dim middle")
         yield text_element(self.left + self.time_width + 10, self.top - _LINE / 2, "peak", "dim")
 
     def _rank(self, rank: int, y: float) -> Iterator[str]:
@@ -135,8 +136,10 @@ class _Gantt:
 
     def _says(self, rank: int, action: Action, start: float, end: float) -> str:
         stage = self.simulation.layout.stage(rank, action.chunk)
-        at = f"{start:.6g} to {end:.6g}"
-        return f"{action.kind}{action.micro_batch}: {KINDS[action.kind]} of stage {stage} (chunk {action.chunk}), {at}"
+        at = f"{start:.6g} to {end:.6g}{self.schedule.measures.time}"
+        has = f": {self.schedule.contents[stage]}" if self.schedule.contents else ""
+        what = f"{KINDS[action.kind]} of stage {stage} (chunk {action.chunk}{has})"
+        return f"{action.kind}{action.micro_batch}: {what}, {at}"
 
     def _paths(self, rank: int, y: float) -> Iterator[str]:
         boxes: dict[str, list[str]] = {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from shardwright.report.schedule import KINDS, Schedule, schedule_title
+from shardwright.report.schedule import Schedule, schedule_title
 from shardwright.report.svg import MARK
+from shardwright.report.time_grid import KINDS
 
 _MICROSECONDS = 1000.0
 """In one unit of time: the viewers count in microseconds, and a unit is taken for a millisecond."""
@@ -21,8 +22,9 @@ def schedule_trace(schedule: Schedule) -> dict[str, Any]:
     return {
         "otherData": {
             "made": MARK,
+            **({"plan": schedule.plan} if schedule.plan else {}),
             "schedule": schedule_title(schedule),
-            "unit": "1 ms is one unit of the given times",
+            "unit": schedule.measures.traced,
         },
         "displayTimeUnit": "ms",
         "traceEvents": [*_names(schedule), *_actions(schedule), *_counters(schedule)],
@@ -37,9 +39,11 @@ def _names(schedule: Schedule) -> Iterator[dict[str, Any]]:
 
 
 def _actions(schedule: Schedule) -> Iterator[dict[str, Any]]:
-    layout = schedule.simulation.layout
+    layout, contents = schedule.simulation.layout, schedule.contents
     for rank, lane in enumerate(schedule.simulation.ranks):
         for (kind, chunk, micro_batch), start, end in lane:
+            stage = layout.stage(rank, chunk)
+            said = {"has": contents[stage]} if contents else {}
             yield {
                 "ph": "X",
                 "name": f"{kind}{micro_batch}",
@@ -48,12 +52,12 @@ def _actions(schedule: Schedule) -> Iterator[dict[str, Any]]:
                 "tid": rank,
                 "ts": start * _MICROSECONDS,
                 "dur": (end - start) * _MICROSECONDS,
-                "args": {"stage": layout.stage(rank, chunk), "chunk": chunk, "micro_batch": micro_batch},
+                "args": {"stage": stage, **said, "chunk": chunk, "micro_batch": micro_batch},
             }
 
 
 def _counters(schedule: Schedule) -> Iterator[dict[str, Any]]:
     for rank, steps in enumerate(schedule.simulation.memory):
         for time, held in steps:
-            counted = {"micro-batches": round(held, 9)}
+            counted = {schedule.measures.memory: round(held, 9)}
             yield {"ph": "C", "name": f"memory of rank {rank}", "pid": 0, "ts": time * _MICROSECONDS, "args": counted}

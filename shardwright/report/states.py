@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Group
 from rich.text import Text
 
+from shardwright.planner.space import PIPELINE_AXIS
 from shardwright.report.layout import Cell, Column, Grid, Row, heading
 from shardwright.schemas.plan import MeshAxis, Plan, States, StateSharding
 
@@ -38,6 +39,9 @@ def _rows(states: States, axes: tuple[MeshAxis, ...]) -> Iterator[Row]:
 def _cells(state: StateSharding, axes: tuple[MeshAxis, ...]) -> Iterator[Cell]:
     inner = 1
     for axis in axes:
+        if axis.name == PIPELINE_AXIS:
+            yield "its stages"
+            continue
         end = inner * axis.size
         shards, copies = min(state.degree, end), end // max(state.degree, inner)
         parts = [Text(f"1/{shards}", style="cyan")] if shards > inner else []

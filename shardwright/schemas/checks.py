@@ -8,6 +8,7 @@ from math import prod
 from operator import mul
 from typing import Literal
 
+from shardwright.schemas.base import permits
 from shardwright.schemas.cluster import HOST_LEVEL, ClusterSpec
 from shardwright.schemas.diagnostics import Diagnostic
 from shardwright.schemas.expected import join, nearest
@@ -34,6 +35,7 @@ def check_job(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
     yield from _schedule(job)
     yield from _length(job, written)
     yield from _batch(job)
+    yield from _pipeline(job)
     yield from _precision(job)
     yield from _engine(job)
     yield from _budget(job)
@@ -103,29 +105,94 @@ def _length(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
 
 
 def _batch(job: JobSpec) -> Iterator[Diagnostic]:
-    """Every device takes the same number of sequences of each step."""
-    train, world = job.train, job.cluster.world_size
-    sequences = train.global_batch_sequences
-    if sequences % world:
-        whole = [count for count in (sequences // world * world, (sequences // world + 1) * world) if count]
+    """Every copy of the model takes the same number of sequences of each step: without pipeline stages every device has
+    one, with them every so many devices share one."""
+    sizes, train = _pipeline_sizes(job), job.train
+    if not sizes:
+        return
+    sequences, world = train.global_batch_sequences, job.cluster.world_size
+    copies = [world // size for size in sizes]
+    sharing = [each for each in copies if sequences % each == 0]
+    if not sharing:
+        fewest = min(copies)
+        whole = [count for count in (sequences // fewest * fewest, (sequences // fewest + 1) * fewest) if count]
         is_tokens = train.global_batch.unit == "tokens"
         meant = f"{train.global_batch} are {sequences} sequences of {train.sequence_length} tokens" if is_tokens else ""
+        owners = f"{world} devices" if sizes == [1] else f"{fewest} copies of the model on {world} devices"
         yield Diagnostic(
             key="train.global_batch",
-            message=f"{meant or f'{sequences} sequences'}, which {world} devices cannot share equally",
+            message=f"{meant or f'{sequences} sequences'}, which {owners} cannot share equally",
             suggestion="write " + join([_sequences(count, train.sequence_length) for count in whole], "or"),
         )
         return
-    local = sequences // world
     choice = job.strategy.micro_batch
-    if choice != "auto" and not any(local % size == 0 for size in choice):
+    locals_ = [sequences // each for each in sharing]
+    if choice != "auto" and not any(local % size == 0 for local in locals_ for size in choice):
+        local = max(locals_)
         possible = [str(size) for size in divisors(local)]
-        sizes = join([str(size) for size in choice], "or")
+        written = join([str(size) for size in choice], "or")
+        owner = "a device" if sharing == [world] else "a copy of the model"
         yield Diagnostic(
             key="strategy.micro_batch",
-            message=f"the {local} sequences of a device do not divide into micro-batches of {sizes}",
+            message=f"the {local} sequences of {owner} do not divide into micro-batches of {written}",
             suggestion=f"write {join(possible[-8:], 'or')}",
         )
+
+
+def _pipeline_sizes(job: JobSpec) -> list[int]:
+    """Devices that share one copy of the model, as far as the job and its cluster permit; 1 for no pipeline."""
+    sizes = pipeline_sizes(job.cluster)
+    if not permits(job.strategy.engine, "amsp"):
+        sizes = (1,)
+    return [size for size in sizes if (permits(job.strategy.pp, size) if size > 1 else permits_no_pipeline(job))]
+
+
+def permits_no_pipeline(job: JobSpec) -> bool:
+    """Whether the job may run without pipeline stages: naming a schedule or chunks asks for some, unless `pp` says
+    otherwise."""
+    strategy = job.strategy
+    if strategy.pp == "auto":
+        return strategy.schedule == "auto" and strategy.chunks == "auto"
+    return 1 in strategy.pp
+
+
+def pipeline_sizes(cluster: ClusterSpec) -> tuple[int, ...]:
+    """Numbers of devices that a pipeline may have: the devices of one stage fill the fastest levels of the cluster."""
+    world = cluster.world_size
+    return tuple(sorted(world // copies for copies in shard_degrees(cluster)))
+
+
+def _pipeline(job: JobSpec) -> Iterator[Diagnostic]:
+    """Pipeline stages lie on the slowest levels of the cluster, and take an engine that runs them."""
+    strategy = job.strategy
+    valid = pipeline_sizes(job.cluster)
+    pinned = () if strategy.pp == "auto" else strategy.pp
+    for index, size in enumerate(pinned):
+        if size not in valid:
+            world = job.cluster.world_size
+            why = (
+                f"{world} devices do not divide into pipelines of {size}"
+                if world % size
+                else f"the {world // size} devices of each of {size} stages do not fill the cluster's levels evenly"
+            )
+            below = [each for each in valid if each < size][-1:]
+            above = [each for each in valid if each > size][:1]
+            nearest_two = join([str(each) for each in below + above], "or")
+            yield Diagnostic(key=f"strategy.pp.{index}", message=why, suggestion=f"write {nearest_two}")
+    if pinned and 1 not in pinned and not permits(strategy.engine, "amsp"):
+        permitted = join([f"`{name}`" for name in strategy.engine], "and")
+        yield Diagnostic(
+            key="strategy.pp",
+            message=f"only `amsp` runs pipeline stages; `strategy.engine` permits {permitted}",
+            suggestion="leave `strategy.engine` out, or permit `amsp`",
+        )
+    if pinned == (1,):
+        for name in ("schedule", "chunks"):
+            if getattr(strategy, name) != "auto":
+                message = f"without pipeline stages there is no `{name}` to choose"
+                yield Diagnostic(
+                    key=f"strategy.{name}", message=message, suggestion="leave it out, or leave out `pp: 1`"
+                )
 
 
 def _sequences(count: int, length: int) -> str:

@@ -324,9 +324,35 @@ class StatesSpec(Spec):
     `parameters`; `none` for no such copy."""
 
 
+ScheduleName = Literal[
+    "gpipe",
+    "1f1b",
+    "interleaved-1f1b",
+    "breadth-first",
+    "zb-h1",
+    "zb-h2",
+    "zb-1p",
+    "zb-2p",
+    "zb-v",
+    "v-half",
+    "v-min",
+    "dualpipe-v",
+    "hanayo",
+    "zeropp",
+    "zb-auto",
+]
+"""Pipeline schedules; `zb-auto` is searched, the others are published ones (planner/schedules/table.py)."""
+
+
 class StrategySpec(Spec):
     """Decisions of the plan: each `auto`, pinned to one value, or restricted to a list."""
 
+    pp: Choice[Annotated[int, Field(gt=0)]] = "auto"
+    """Devices that share one copy of the model as a pipeline of stages; 1 for no pipeline."""
+    schedule: Choice[ScheduleName] = "auto"
+    """The order in which a pipeline's stages run their micro-batches."""
+    chunks: Choice[Annotated[int, Field(gt=0)]] = "auto"
+    """Stages that each device of a pipeline has."""
     states: StatesSpec = StatesSpec()
     reshard_after_forward: Choice[bool] = "auto"
     """Whether gathered parameters are freed after a block's forward and gathered again for its backward."""

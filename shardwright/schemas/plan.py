@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from shardwright.schemas.base import Spec
-from shardwright.schemas.job import JobSpec
+from shardwright.schemas.job import JobSpec, ScheduleName
 
 SCHEMA_VERSION = 1
 
@@ -35,9 +35,9 @@ class ModelFacts(Spec):
 
 class MeshAxis(Spec):
     """One dimension of the device mesh: `dp_replicate` and `dp_shard` of fsdp2 and ddp; of amsp one for each step from
-    one shard degree to the next, `dp_1` the fastest."""
+    one shard degree to the next, `dp_1` the fastest; `pp`, the slowest, where there are pipeline stages."""
 
-    name: str = Field(pattern=r"^dp_(replicate|shard|[1-9][0-9]?)$", examples=["dp_shard"])
+    name: str = Field(pattern=r"^(pp|dp_(replicate|shard|[1-9][0-9]?))$", examples=["dp_shard"])
     size: int = Field(gt=0)
     levels: tuple[str, ...]
     """Cluster levels that the axis spans, fastest first."""
@@ -82,7 +82,8 @@ class Communication(Spec):
 
 
 class Checkpointing(Spec):
-    """The first `blocks` of the model's `of` blocks are recomputed in backward."""
+    """The first `blocks` of the model's `of` blocks are recomputed in backward; with pipeline stages so many in all,
+    of which `pipeline.checkpointed` says where they are."""
 
     policy: Literal["none", "full"]
     blocks: int = Field(ge=0)
@@ -90,10 +91,26 @@ class Checkpointing(Spec):
 
 
 class Pipeline(Spec):
-    """Pipeline stages; one for now."""
+    """The model cut into stages that lie on the devices of the mesh axis `pp`, and the order in which these run.
 
-    stages: Literal[1] = 1
-    schedule: Literal["none"] = "none"
+    The embedding belongs to the first stage and the head to the last one.
+    """
+
+    ranks: int = Field(gt=0, default=1)
+    """Devices that share one copy of the model: the size of `pp`. 1: no pipeline."""
+    chunks: int = Field(gt=0, default=1)
+    """Stages of one device."""
+    placement: Literal["loop", "wave"] = "loop"
+    """`loop`: stage s on rank s mod ranks; `wave`: back and forth, so that with two chunks first and last stage share a
+    rank (a V)."""
+    schedule: Literal["none"] | ScheduleName = "none"
+    cuts: tuple[int, ...] = ()
+    """For every stage but the last, the number of the model's blocks before its end."""
+    checkpointed: tuple[int, ...] = ()
+    """Of every stage, how many of its blocks are recomputed in backward, the first ones."""
+    activation_limits: tuple[int, ...] = ()
+    """Of every rank, the bytes of activations that the schedule was searched under; empty for schedules that are not
+    searched."""
 
 
 class Offload(Spec):
@@ -150,9 +167,10 @@ class MemoryPhase(Spec):
 
 
 class StageMemory(Spec):
-    """Memory of one pipeline stage's fullest device."""
+    """Memory of the fullest device of one rank of the pipeline, with all its stages."""
 
     stage: int
+    """The rank on the axis `pp`; 0 without a pipeline."""
     phases: tuple[MemoryPhase, ...]
     peak_phase: str
     peak_allocated_bytes: int
@@ -175,14 +193,50 @@ class Memory(Spec):
 class Collective(Spec):
     """All collectives of one kind, size and group in one optimizer step of one rank."""
 
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
-    axis: str = Field(pattern=r"^(world|dp_(replicate|shard|[1-9][0-9]?))$")
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
+    axis: str = Field(pattern=r"^(world|pp|dp_(replicate|shard|[1-9][0-9]?))$")
     group_size: int
     bytes: int
     """Of the whole tensor of one call: what is gathered, what enters a reduction or an exchange."""
     count: int
     """Calls per optimizer step."""
-    purpose: Literal["parameters", "gradients", "grad_norm", "metrics"]
+    purpose: Literal["parameters", "gradients", "grad_norm", "metrics", "activations"]
+    """`activations`: between stages, and their gradients back."""
+
+
+class StageTime(Spec):
+    """What one pipeline stage costs for one micro-batch."""
+
+    stage: int
+    rank: int
+    """On the axis `pp`."""
+    forward_s: float
+    input_gradient_s: float
+    weight_gradient_s: float
+    send_s: float
+    """To the next stage, and of the gradient back; 0 for the last one, and where both lie on one rank."""
+    activation_bytes: int
+    """Kept from the forward of a micro-batch to its input gradient."""
+    held_by_weight_bytes: int
+    """Kept from there to its weight gradient."""
+
+
+class PipelinePrediction(Spec):
+    """One iteration of the pipeline, without what follows it (reductions that are left, the optimizer)."""
+
+    stages: tuple[StageTime, ...]
+    edges: tuple[tuple[int, int], ...]
+    """Stages of which the first makes activations for the second."""
+    timetable: tuple[str, ...]
+    """For each rank its actions in order, as `shardwright schedule --check` reads them."""
+    makespan_s: float
+    """From the first action to the end of the last one."""
+    bubble_rate: float
+    """Of the rank that is longest at work, the share of its time in which it waits (arXiv 2401.10241, section 3.2)."""
+    lower_bound_s: float
+    """No schedule of these stages under these limits keeps that rank for less."""
+    gap: float
+    """By how much this one is longer, as a share of the bound."""
 
 
 class Prediction(Spec):
@@ -197,6 +251,8 @@ class Prediction(Spec):
     model_flops_per_step: float
     memory: Memory
     collectives: tuple[Collective, ...]
+    pipeline: PipelinePrediction | None = None
+    """Null without pipeline stages."""
 
 
 class Alternative(Spec):

@@ -144,6 +144,12 @@ def toy(*, blocks: int = 4, saved: int = 1000, trainable: bool = True) -> ModelP
     return _profile("toy", 16, parameters, [unit for unit in units if unit.kind != "block" or unit.paths], "modules")
 
 
+def cuttable(profile: ModelProfile) -> ModelProfile:
+    """The profile with a cut after the embedding and after every block."""
+    cuts = tuple(Cut(after=name, tensors=1, bytes=100) for name in ("embedding", *profile.block_paths))
+    return replace(profile, cuts=cuts)
+
+
 def gpu_cluster(
     nodes: int = 1, *, per_node: int = 8, memory: str = "79GiB", device: str = "h100-sxm-80gb"
 ) -> ClusterSpec:

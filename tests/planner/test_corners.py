@@ -7,9 +7,10 @@ from functools import cache
 import pytest
 
 from planner.profiles import gpu_cluster, job, llama
+from shardwright.planner.candidates import MEMORY_TIE, TIE, Candidate, measure, timed
 from shardwright.planner.names import family
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import MEMORY_TIE, OWN_ENGINE_GAIN, TIE, Candidate, Search, measure, timed
+from shardwright.planner.search import OWN_ENGINE_GAIN, Search
 from shardwright.planner.space import Point, configurations
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.job import JobSpec

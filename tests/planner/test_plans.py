@@ -12,11 +12,11 @@ import pytest
 
 from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 from shardwright.planner import evaluate, make_plan
+from shardwright.planner.candidates import TIE, measure
 from shardwright.planner.edited import checked_point
 from shardwright.planner.explain import MOST_ALTERNATIVES, REASONED
 from shardwright.planner.names import plan_name, summary
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import TIE, measure
 from shardwright.planner.space import Point, configurations, decide
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.diagnostics import InputError
@@ -87,7 +87,8 @@ def test_one_block_fewer_would_not_fit(plan: Plan) -> None:
 
 def test_every_key_of_the_decision_has_a_reason(plan: Plan) -> None:
     reasons = {reason.key: reason for reason in plan.reasons}
-    assert set(reasons) == set(REASONED) - {"communication"}  # only for `quality: lossy`
+    missing = {"communication", "pipeline.ranks", "pipeline.schedule", "pipeline.cuts"}
+    assert set(reasons) == set(REASONED) - missing  # lossy communication, and pipelines of a model that can be cut
     assert reasons["engine.reshard_after_forward"].value == "true"
     assert reasons["mesh"].value == "dp_shard 8"
     assert "Runner-up: AMSP 4/8/8 of 8" in reasons["mesh"].because
@@ -219,7 +220,7 @@ def test_a_strategy_that_leaves_nothing_is_wrong_input(
 
 def test_a_batch_that_devices_cannot_share_is_wrong_input() -> None:
     with pytest.raises(InputError, match="4 devices cannot share 10 sequences equally"):
-        make_plan(job(cpu_cluster(4), batch=10, sequence=16), toy(), job_file="", defaults=())
+        make_plan(job(cpu_cluster(4), batch=10, sequence=16), replace(toy(), cuts=()), job_file="", defaults=())
 
 
 def test_a_model_that_cannot_be_sharded_is_refused_where_it_must_be() -> None:

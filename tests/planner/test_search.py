@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 
 from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 from planner.test_memory import MODELS
+from shardwright.planner.candidates import TIE, Candidate, best_first, measure, timed
+from shardwright.planner.pipelines.space import pipelines
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import (
-    OWN_ENGINE_GAIN,
-    TIE,
-    Candidate,
-    Search,
-    best_first,
-    least_that_fits,
-    measure,
-    timed,
-)
+from shardwright.planner.search import OWN_ENGINE_GAIN, Search, least_that_fits
 from shardwright.planner.space import Point, block_count, configurations, permitted_blocks
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import ModelProfile
@@ -168,7 +161,7 @@ def test_the_host_has_a_budget_too() -> None:
 def test_counts() -> None:
     spec = job(cpu_cluster(2), batch=8, sequence=16)
     found = Search(Predictor(spec, toy()))
-    assert found.considered == len(list(configurations(spec, toy())))
+    assert found.considered == len(list(configurations(spec, toy()))) + len(list(pipelines(spec, toy())))
     assert found.measured == 0
     found.chosen()
     assert 0 < len(found.feasible) == found.measured <= found.considered

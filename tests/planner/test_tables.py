@@ -6,11 +6,15 @@ from typing import Any, get_args
 
 import pytest
 
-from planner.profiles import cpu_cluster, gpu_cluster, job
+from planner.profiles import cpu_cluster, cuttable, gpu_cluster, job, toy
 from shardwright.planner import DDP_BUCKET_CAP_MIB, ENGINES, LR_SCHEDULES, OPTIMIZERS, PRECISIONS, needed_dtypes
 from shardwright.planner.explain import REASONED
+from shardwright.planner.predict import Predictor
 from shardwright.planner.reasons import buys, shown
-from shardwright.schemas.job import STOCK_ENGINES, OptimizerSpec, ScheduleSpec, TrainSpec
+from shardwright.planner.schedules.table import SCHEDULES
+from shardwright.planner.search import Search
+from shardwright.planner.space import block_count, decide
+from shardwright.schemas.job import STOCK_ENGINES, OptimizerSpec, ScheduleName, ScheduleSpec, TrainSpec
 from shardwright.schemas.plan import Decision, Engine
 
 
@@ -25,6 +29,10 @@ from shardwright.schemas.plan import Decision, Engine
 )
 def test_tables_hold_what_the_schemas_name(table: dict[str, Any], model: Any, field: str) -> None:
     assert set(table) == set(get_args(model.model_fields[field].annotation))
+
+
+def test_the_table_of_schedules_holds_what_the_schemas_name() -> None:
+    assert set(SCHEDULES) == set(get_args(ScheduleName))
 
 
 @pytest.mark.parametrize(
@@ -88,9 +96,15 @@ def test_needed_dtypes_follow_strategy_quality_and_device() -> None:
     assert needed_dtypes(job(old)) == ("fp32",)
 
 
-def test_every_reasoned_key_has_words(toy_choice: Any) -> None:
-    predictor, candidate, decision = toy_choice
-    for key in REASONED:
+@pytest.mark.parametrize("strategy", [{"engine": "fsdp2"}, {"pp": 2}], ids=["without stages", "with stages"])
+def test_every_reasoned_key_has_words(strategy: dict[str, Any]) -> None:
+    spec = job(cpu_cluster(2), batch=8, sequence=16, strategy=strategy)
+    predictor = Predictor(spec, cuttable(toy()))
+    candidate = Search(predictor).chosen()
+    assert candidate is not None
+    decision = decide(candidate.point, spec.cluster, block_count(predictor.profile))
+    of_stages = {"pipeline.schedule", "pipeline.cuts"} if candidate.point.pipe is None else set()
+    for key in REASONED.keys() - of_stages:
         assert buys(key, predictor, candidate)
         assert shown(decision, key)
 

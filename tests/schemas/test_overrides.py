@@ -104,7 +104,8 @@ def test_errors_of_file_and_arguments_together(workspace: Path) -> None:
 
 
 def test_checks_between_values_name_the_argument(workspace: Path) -> None:
-    assert said(workspace, "train.global_batch=9").startswith("--set train.global_batch=9: error: train.global_batch:")
+    said_of_both = said(workspace, "strategy.pp=1", "train.global_batch=9")
+    assert said_of_both.startswith("--set train.global_batch=9: error: train.global_batch:")
 
 
 def test_control_characters_of_an_argument_are_not_repeated(workspace: Path) -> None:

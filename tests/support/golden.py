@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shardwright.schemas.plan import Plan, Reason
+from support.pipeline_plans import pipeline_plan
 from support.plans import BLOCKS, make_plan
 
 LEVELS = [
@@ -46,6 +47,12 @@ REASONS = (
         because="The fewest that fit (71.3 GiB of 74 GiB reserved at the peak); recomputing takes 41 ms a step. One "
         "block fewer would be 1 % faster, but needs 2.1 GiB more than there is.",
     ),
+)
+
+
+PIPELINE_REASONS = (
+    Reason(key="pipeline.ranks", value="4", because="The states of a fourth of the model fit on a device."),
+    Reason(key="pipeline.schedule", value="zb-v", because="Idle for 7.3 % of the step; the runner-up 1f1b for 15 %."),
 )
 
 
@@ -188,6 +195,57 @@ def golden_plans() -> dict[str, Plan]:
             reshard=False,
             init="modules",
             model={"weights": "/mnt/weights"},
+        ),
+        "pipeline-llama-zb-v": pipeline_plan(
+            make_plan(
+                world=16,
+                engine="amsp",
+                kind="cuda",
+                axes=(2, 2),
+                shard=2,
+                optimizer=4,
+                precision="bf16_mixed",
+                init="modules",
+                blocks=tuple(f"model.layers.{index}" for index in range(32)),
+                sources=(),
+                packages=("transformers",),
+                reasons=PIPELINE_REASONS,
+                model={"factory": None, "args": {}, "hf": LLAMA},
+                train=train(global_batch=32, save_every="1h"),
+                cluster={"levels": LEVELS},
+            ),
+            ranks=4,
+            chunks=2,
+            family="zb-v",
+            copies=4,
+            micro_batches=8,
+            checkpointed=(0, 2, 0, 4, 0, 0, 0, 0),
+        ),
+        "pipeline-one-copy": pipeline_plan(
+            make_plan(
+                world=2,
+                engine="amsp",
+                data={"validation": {"files": ["held-out.txt"]}},
+                train=train(ema=0.999, evaluate_every=50),
+            ),
+            ranks=2,
+        ),
+        "pipeline-loaded": pipeline_plan(
+            make_plan(
+                world=4,
+                engine="amsp",
+                axes=(2,),
+                optimizer=2,
+                int4=("dp_1",),
+                init="modules",
+                model={"weights": "/mnt/weights"},
+                train=train(optimizer=GROUPS),
+            ),
+            ranks=2,
+            copies=2,
+            micro_batches=3,
+            family="zb-h1",
+            checkpointed=(1, 0),
         ),
         "bf16-one-device": make_plan(engine="fsdp2", precision="bf16_mixed", accumulation=2, gradients=1),
         "llama-fsdp2": make_plan(

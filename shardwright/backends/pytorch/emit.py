@@ -14,29 +14,32 @@ from shardwright.backends.emission import Emission
 from shardwright.backends.pytorch.engines import ENGINES, micro_batch_flags
 from shardwright.backends.pytorch.headline import closing_lines, headline, launch_lines, plan_lines
 from shardwright.backends.pytorch.imports import KNOWN, Import, imports_for
+from shardwright.backends.pytorch.pipelines import PROGRAM, pipeline_context, programs
+from shardwright.backends.pytorch.plan_constants import plan_constants
 from shardwright.backends.pytorch.recipes import COMPUTE_DTYPES, OPTIMIZER_CONSTANTS, PRECISION_POLICIES, recipe_context
 from shardwright.backends.pytorch.sources import RUNTIME, architecture, local_files, model_config, runtime_files
 from shardwright.backends.pytorch.starting_weights import export_context, weights_context
 from shardwright.backends.pytorch.text import (
     assignment,
-    comment_lines,
     dotted,
     identifier,
     literal,
 )
 from shardwright.planner.engines import ENGINES as ENGINE_TRAITS
 from shardwright.planner.optimizers import OPTIMIZERS as OPTIMIZER_TRAITS
+from shardwright.planner.schedules.text import program_to_text
 from shardwright.schemas.diagnostics import Diagnostic, InputError
-from shardwright.schemas.plan import Decision, Plan, json_fields
+from shardwright.schemas.plan import Plan, json_fields
 
 _PARTS = ("parse_args", "build", "optimizer", "lr_schedule", "summed_loss", "evaluate", "train", "main")
 
 
 def emit(plan: Plan, job_folder: Path, out: Path) -> Emission:
-    """The files of a plan: train.py, its runtime, launchers, plan.json, the user's sources.
+    """The files of a plan: train.py, its runtime, launchers, plan.json, a pipeline's programs, the user's sources.
 
     Reads the user's sources and configuration below `job_folder` and nothing else; `out` only says from where relative
-    paths are seen. Raises InputError when a source is missing or takes the name of an emitted file.
+    paths are seen. Raises InputError when a source is missing or takes the name of an emitted file, and for a timetable
+    that is not right.
     """
     environment = _environment()
     _check_arguments(plan)
@@ -46,7 +49,8 @@ def emit(plan: Plan, job_folder: Path, out: Path) -> Emission:
     names = _user_names(plan)
     if model_class is not None:
         names[model_class] = Import(1, "transformers", model_class)
-    context = _context(plan, environment, model_class, job_folder, out)
+    lowered = programs(plan)
+    context = _context(plan, environment, model_class, job_folder, out) | pipeline_context(plan, lowered)
     known = {**KNOWN, **names}
     script, modules = _script(plan, environment, context, known)
     export, export_modules = _export_script(
@@ -62,6 +66,8 @@ def emit(plan: Plan, job_folder: Path, out: Path) -> Emission:
     }
     if config is not None:
         files["model_config.json"] = config
+    if lowered:
+        files[PROGRAM] = program_to_text(lowered)
     sources = local_files(plan, job_folder)
     taken = sorted(files.keys() & sources.keys())
     if taken:
@@ -90,7 +96,7 @@ def _script(
     plan: Plan, environment: jinja2.Environment, context: dict[str, Any], known: dict[str, Import]
 ) -> tuple[str, frozenset[str]]:
     """The text of train.py, and the modules of the runtime that it imports."""
-    engine = plan.decision.engine.name
+    engine = "pipeline" if context["pipelined"] else plan.decision.engine.name
     templates = {
         "build": f"engines/{engine}/build.py.j2",
         "train": f"engines/{engine}/train.py.j2",
@@ -159,7 +165,8 @@ def _context(
     fused = not ENGINE_TRAITS[decision.engine.name].dtensors or OPTIMIZER_TRAITS[train.optimizer.name].fused_on_dtensors
     save, evaluation = train.save_every, train.evaluate_every
     evaluates = job.data.validation is not None or job.data.validation_dataset is not None
-    checkpoints_some = 0 < checkpointing.blocks < checkpointing.of
+    pipelined = decision.pipeline.schedule != "none"
+    checkpoints_some = 0 < checkpointing.blocks < checkpointing.of and not pipelined
     initializes = plan.model.init == "modules" and job.model.weights == "random"
     needs_blocks = engine.shards_blocks or initializes or checkpointing.blocks > 0
     context: dict[str, Any] = {
@@ -178,7 +185,7 @@ def _context(
         "hugging_face": job.model.hf is not None,
         "architecture": model_class,
         "model_args": job.model.args or None,
-        "accumulates": decision.accumulation > 1,
+        "accumulates": decision.accumulation > 1 or pipelined,
         "clips": train.optimizer.clip_grad_norm is not None,
         "evaluates": evaluates,
         "save_steps": save.value if save is not None and save.unit == "steps" else None,
@@ -196,7 +203,7 @@ def _context(
         "batch_on_device": "to_device(batch, device)" if job.cluster.device.kind == "cuda" else "batch",
         "forward_arguments": _forward_arguments(plan),
         "optimizer_constants": OPTIMIZER_CONSTANTS[train.optimizer.name](train.optimizer),
-        "plan_constants": _plan_constants(plan, needs_blocks, checkpoints_some),
+        "plan_constants": plan_constants(plan, needs_blocks, checkpoints_some),
         "predicted_step_s": float(f"{plan.prediction.step_time_s:.4g}"),
         "predicted_peak_bytes": plan.prediction.memory.peak_allocated_bytes,
         "slurm_name": re.sub(r"[^A-Za-z0-9_.-]+", "-", plan.model.name)[:64] or "train",
@@ -252,60 +259,3 @@ def _data(plan: Plan, job_folder: Path, out: Path) -> dict[str, Any]:
         "train_samples": f"{reader}(args.data, TRAIN_FILES, SEQUENCE_LENGTH{masks})",
         "validation_samples": f"{reader}(args.data, VALIDATION_FILES, SEQUENCE_LENGTH{held_out_masks})",
     }
-
-
-def _plan_constants(plan: Plan, needs_blocks: bool, checkpoints_some: bool) -> str:
-    """Each decision's constants below the reasons for it."""
-    decision = plan.decision
-    accumulation = reshard = blocks = ""
-    if decision.accumulation > 1:
-        accumulation = assignment("ACCUMULATION", decision.accumulation, "micro-batches of one step on one device")
-    if decision.engine.reshard_after_forward is not None and plan.model.block_paths:
-        reshard = _reshard(decision)
-    if needs_blocks and plan.model.block_paths:
-        blocks = _blocks(plan.model.block_paths)
-    if checkpoints_some:
-        comment = "the first so many of BLOCKS are recomputed in backward"
-        blocks += "\n" + assignment("CHECKPOINTED_BLOCKS", decision.checkpointing.blocks, comment)
-    sections = {
-        ("mesh",): assignment("WORLD_SIZE", decision.mesh.world_size, "processes, one a device"),
-        ("engine.name", "states", "communication", "precision"): ENGINES[decision.engine.name].constants(decision),
-        ("engine.reshard_after_forward",): reshard,
-        ("micro_batch",): assignment("MICRO_BATCH", decision.micro_batch, "samples of one forward on one device"),
-        ("accumulation",): accumulation,
-        ("checkpointing",): blocks,
-        ("",): "",
-    }
-    whys: dict[tuple[str, ...], list[str]] = {keys: [] for keys in sections}
-    for reason in plan.reasons:
-        key = reason.key.removeprefix("decision.")
-        owner = next((keys for keys in sections if key in keys or key.split(".")[0] in keys), ("",))
-        whys[owner].append(comment_lines(f"Why {key} = {reason.value}: {reason.because}"))
-    # A stretch of reasons begins with an empty line, so that one sees what it belongs to.
-    lines = [
-        line for keys, text in sections.items() for line in ([""] * bool(whys[keys]), whys[keys], [text] * bool(text))
-    ]
-    return "\n".join(line for group in lines for line in group).lstrip("\n")
-
-
-def _reshard(decision: Decision) -> str:
-    """`RESHARD_AFTER_FORWARD`; of fsdp2 a number where there is a second copy."""
-    freed, secondary = decision.engine.reshard_after_forward, decision.states.secondary
-    if secondary is None or ENGINE_TRAITS[decision.engine.name].flat:
-        comment = "whether a block's gathered parameters are freed between its forward and its backward"
-        return assignment("RESHARD_AFTER_FORWARD", freed, comment)
-    comment = "devices that a block's parameters are spread over between its forward and its backward"
-    return assignment("RESHARD_AFTER_FORWARD", secondary.degree, comment)
-
-
-def _blocks(paths: tuple[str, ...]) -> str:
-    """`BLOCKS`, short where the paths count up: `[f"model.layers.{index}" for index in range(32)]`."""
-    prefix = paths[0].rpartition(".")[0]
-    counted = tuple(f"{prefix}.{index}" for index in range(len(paths)))
-    if (
-        len(paths) > 2
-        and paths == counted
-        and all(part.isidentifier() and part.isascii() for part in prefix.split("."))
-    ):
-        return f'BLOCKS = [f"{prefix}.{{index}}" for index in range({len(paths)})]  # the repeated blocks, in order'
-    return assignment("BLOCKS", list(paths), "the repeated blocks, in order")

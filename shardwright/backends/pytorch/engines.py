@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from shardwright.backends.pytorch.text import assignment
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB
+from shardwright.planner.schedules.timetable import Layout
 from shardwright.schemas.plan import Decision
 
 
@@ -60,6 +61,21 @@ def _mesh(decision: Decision, comment: str = "") -> str:
             assignment("MESH_AXES", tuple(axis.name for axis in axes)),
         ]
     )
+
+
+def pipeline_constants(decision: Decision) -> str:
+    """Where the stages of a pipeline are."""
+    pipeline = decision.pipeline
+    layout = Layout(pipeline.ranks, pipeline.chunks, pipeline.placement)
+    ranks = tuple(layout.place(stage)[0] for stage in range(layout.stages))
+    lines = [
+        assignment("STAGE_RANKS", ranks, "of each stage of the model, its place on the axis pp"),
+        assignment("STAGE_CUTS", pipeline.cuts, "of each stage but the last, how many of BLOCKS lie before its end"),
+    ]
+    copies = decision.mesh.world_size // pipeline.ranks
+    if copies > 1:
+        lines.append(assignment("COPIES", copies, "processes that have the same stages, each with its own samples"))
+    return "\n".join(lines)
 
 
 def _states(decision: Decision) -> str:

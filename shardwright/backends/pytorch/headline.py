@@ -71,18 +71,24 @@ def closing_lines(plan: Plan, local: tuple[str, ...]) -> str:
 def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
     mesh, states, recomputed = decision.mesh, decision.states, decision.checkpointing
     axes = " x ".join(f"{axis.name} {axis.size}" for axis in mesh.axes) or "one process"
-    kept = {True: ", freed after forward", False: ", kept gathered", None: ""}[decision.engine.reshard_after_forward]
+    freed = None if decision.pipeline.schedule != "none" else decision.engine.reshard_after_forward
+    kept = {True: ", freed after forward", False: ", kept gathered", None: ""}[freed]
     degrees = (
         f"parameters /{states.parameters.degree}, gradients /{states.gradients.degree}, "
         f"optimizer /{states.optimizer_states.degree}"
     )
     second = "" if states.secondary is None else f"parameters /{states.secondary.degree}, for backward"
     gathers, reductions = decision.communication.int8_gathers, decision.communication.int4_reductions
-    batch = f"{global_batch} = {mesh.world_size} x {decision.micro_batch} x {decision.accumulation} micro-batches"
+    pipeline = decision.pipeline
+    copies = mesh.world_size // pipeline.ranks
+    batch = f"{global_batch} = {copies} x {decision.micro_batch} x {decision.accumulation} micro-batches"
+    stages = f"{pipeline.schedule}, {len(pipeline.cuts) + 1} stages"
+    whole = "every process holds all states" if pipeline.schedule == "none" else "whole on every process of a stage"
     return [
         ("engine", f"{decision.engine.name}{kept}"),
         ("mesh", axes),
-        ("shards", degrees if states.optimizer_states.degree > 1 else "none: every process holds all states"),
+        *([("pipeline", stages)] if pipeline.schedule != "none" else []),
+        ("shards", degrees if states.optimizer_states.degree > 1 else f"none: {whole}"),
         *([("second copy", second)] if second else []),
         *([("int8", f"gathers over {', '.join(gathers)}")] if gathers else []),
         *([("int4", f"reductions over {', '.join(reductions)}")] if reductions else []),
@@ -97,6 +103,7 @@ def _predicted(plan: Plan) -> list[tuple[str, str]]:
     limit = device_budget(plan.job.cluster, plan.job.budget.device_memory)
     largest = max(prediction.time, key=lambda part: part.seconds, default=None)
     part = f"{largest.name} ({human_seconds(largest.seconds)})" if largest else "unknown"
+    pipeline = prediction.pipeline
     return [
         ("step time", human_seconds(prediction.step_time_s)),
         ("tokens/s", human_count(prediction.tokens_per_s)),
@@ -104,6 +111,7 @@ def _predicted(plan: Plan) -> list[tuple[str, str]]:
         ("allocated", human_bytes(memory.peak_allocated_bytes)),
         ("reserved", f"{human_bytes(memory.peak_reserved_bytes)} of {human_bytes(limit)}"),
         ("most time", part),
+        *([] if pipeline is None else [("bubble", f"{pipeline.bubble_rate:.1%}")]),
     ]
 
 

@@ -49,6 +49,10 @@ KNOWN: Mapping[str, Import] = MappingProxyType(
             for module, names in {
                 "average": ("update_average",),
                 "checkpoint": ("Checkpoints", "TrainState"),
+                "pipeline": ("Pipeline",),
+                "program": ("read_program",),
+                "stage_states": ("StageStates",),
+                "stages": ("stages_of",),
                 "data": (
                     "Batch",
                     "Batches",

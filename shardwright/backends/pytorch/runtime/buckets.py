@@ -47,8 +47,10 @@ class Bucket:
         levels: Levels,
         dtype: torch.dtype,
         kind_of: Callable[[nn.Parameter], int],
+        *,
+        copy: bool = False,
     ) -> None:
-        self.levels, self.dtype = levels, dtype
+        self.levels, self.dtype, self.copy = levels, dtype, copy
         self.trainable = parameters[0].requires_grad
         # Parameters that the optimizer treats alike lie side by side, so that each kind is one run of any slice.
         self.places, end = [], 0

@@ -196,7 +196,7 @@ def _own_pieces(tensors: Mapping[str, Held]) -> dict[str, Tensor]:
     pieces: dict[str, Tensor] = {}
     for number, (name, held) in enumerate(tensors.items()):
         which, count = held.replica
-        if number % count == which:
+        if held.written and number % count == which:
             pieces |= {key_of(name, box): values for box, values in held.parts if box.numel}
     return pieces
 

@@ -29,6 +29,8 @@ class Held(NamedTuple):
     """Boxes of the whole tensor, and the memory of each, in the box's shape."""
     replica: tuple[int, int] = (0, 1)
     """(which, of how many) processes that hold the same parts, counted from 0."""
+    written: bool = True
+    """Whether these processes write the parts into checkpoints; false where others have copies and do."""
 
 
 class HeldState(NamedTuple):

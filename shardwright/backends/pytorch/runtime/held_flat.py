@@ -43,24 +43,32 @@ class _Stretch:
         for box in flat_boxes(shape, self.start, self.stop):
             parts.append((box, values[offset : offset + box.numel].view(box.shape)))
             offset += box.numel
-        return Held(shape, values.dtype, tuple(parts), _replica(self.bucket))
+        return Held(shape, values.dtype, tuple(parts), _replica(self.bucket), written=not self.bucket.copy)
 
     def scalar(self, value: Tensor, *, held: bool = True) -> Held:
         """A state that the parameter has in common with the run."""
-        return Held((), value.dtype, ((_SCALAR, value),) if held else (), _replica(self.bucket))
+        parts = ((_SCALAR, value),) if held else ()
+        return Held((), value.dtype, parts, _replica(self.bucket), written=not self.bucket.copy)
 
 
 class FlatHolder:
     """The holder of all states that a `ShardedStates` has been given: `Checkpoints(..., holder=FlatHolder(states))`."""
 
     def __init__(self, states: ShardedStates) -> None:
+        self._states = states
         self._buckets = [bucket for unit in states.units for bucket in unit]
         self._places: dict[Tensor, tuple[Bucket, Place]] = {
             place.parameter: (bucket, place) for bucket in self._buckets for place in bucket.places
         }
 
     def held(self, tensor: Tensor) -> Held:
-        """The fp32 values of a parameter; of a buffer, all."""
+        """The fp32 values of a parameter, none of one that only other stages of a pipeline have; of a buffer, all."""
+        if tensor.is_meta:
+            return Held(tuple(tensor.shape), torch.float32, ())
+        if tensor in self._states.buffers:
+            levels = self._states.levels
+            turns = turn(zip(levels.sizes, levels.ranks, strict=True))
+            return STOCK.held(tensor)._replace(replica=turns, written=self._states.buffers[tensor])
         if tensor not in self._places:
             return STOCK.held(tensor)
         bucket, place = self._places[tensor]

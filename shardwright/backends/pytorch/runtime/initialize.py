@@ -9,7 +9,7 @@ it belongs to, or through its own `reset_parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,16 +42,17 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def initialize(model: nn.Module, path: str, *, seed: int, device: torch.device) -> None:
+def initialize(model: nn.Module, path: str, *, seed: int, device: torch.device, without: Iterable[str] = ()) -> None:
     """Give memory and initial values to the parameters under `path` that are on meta still; buffers follow them.
 
-    `path` is a block's path, or empty for all that is left. See [Note: initialisation by units]. Raises
-    InitializationError for a parameter that no method fills, and for a method that changes another unit's parameters.
+    `path` is a block's path, or empty for all that is left; then those in the blocks `without` stay on meta, because
+    other processes have them. See [Note: initialisation by units]. Raises InitializationError for a parameter that no
+    method fills, and for a method that changes another unit's parameters.
     """
     unit = model.get_submodule(path)
     done = [parameter for parameter in model.parameters() if not parameter.is_meta]
     versions = [parameter._version for parameter in done]
-    created = _materialize(model, {parameter for parameter in unit.parameters() if parameter.is_meta}, device)
+    created = _materialize(model, _on_meta(unit, model, without), device)
     for module in unit.modules():
         _move_buffers(module, device)
     torch.manual_seed(seed_for(seed, "init", path))
@@ -72,9 +73,9 @@ def initialize(model: nn.Module, path: str, *, seed: int, device: torch.device) 
         )
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
+def allocate(model: nn.Module, device: torch.device, without: Iterable[str] = ()) -> None:
     """Give memory to all parameters that are on meta still, sharded or not: what follows (`load_weights`, a checkpoint)
-    fills them. Buffers move to the device.
+    fills them. Buffers move to the device. `without`: as of `initialize`.
 
     Raises InitializationError for a buffer that has no values, because it is computed from a parameter.
     """
@@ -84,9 +85,15 @@ def allocate(model: nn.Module, device: torch.device) -> None:
                 f"the buffer {name} is computed from parameters when the model is built, before they have values; "
                 "write `init: constructor` under `model` in the job"
             )
-    _materialize(model, {parameter for parameter in model.parameters() if parameter.is_meta}, device)
+    _materialize(model, _on_meta(model, model, without), device)
     for module in model.modules():
         _move_buffers(module, device)
+
+
+def _on_meta(unit: nn.Module, model: nn.Module, without: Iterable[str]) -> set[nn.Parameter]:
+    """The parameters of a unit that have no memory, but for those in some blocks of the model."""
+    left = {parameter for path in without for parameter in model.get_submodule(path).parameters()}
+    return {parameter for parameter in unit.parameters() if parameter.is_meta and parameter not in left}
 
 
 def _materialize(model: nn.Module, parameters: set[nn.Parameter], device: torch.device) -> dict[int, nn.Parameter]:

@@ -34,9 +34,9 @@ Sends = Generator[dist.Work, None, None]
 class Levels:
     """The levels of a mesh and the places of the model states on them; see [Note: levels of a bucket].
 
-    `mesh` has its slowest axis first. `parameters`, `gradients`, `optimizer_states` and `secondary` are shard degrees:
-    each a product of the sizes of the fastest axes. Raises ValueError for any other, where p or g exceed o, and for a
-    name that no axis has.
+    `mesh` has its slowest axis first; None: one process, no axes. `parameters`, `gradients`, `optimizer_states` and
+    `secondary` are shard degrees: each a product of the sizes of the fastest axes. Raises ValueError for any other,
+    where p or g exceed o, and for a name that no axis has.
 
     Parameters travel as int8 over the axes named in `int8_gathers` when they are gathered for forward and backward (not
     when the optimizer's new values are published, so those at rest stay exact); gradients travel as int4 over those of
@@ -46,7 +46,7 @@ class Levels:
 
     def __init__(
         self,
-        mesh: DeviceMesh,
+        mesh: DeviceMesh | None,
         *,
         parameters: int,
         gradients: int,
@@ -55,10 +55,10 @@ class Levels:
         int8_gathers: Collection[str] = (),
         int4_reductions: Collection[str] = (),
     ) -> None:
-        names = tuple(reversed(mesh.mesh_dim_names or ()))
-        self.sizes = tuple(mesh[name].size() for name in names)
-        self.groups = tuple(mesh.get_group(name) for name in names)
-        self.ranks = tuple(mesh.get_local_rank(name) for name in names)
+        names = () if mesh is None else tuple(reversed(mesh.mesh_dim_names or ()))
+        self.sizes = () if mesh is None else tuple(mesh[name].size() for name in names)
+        self.groups = () if mesh is None else tuple(mesh.get_group(name) for name in names)
+        self.ranks = () if mesh is None else tuple(mesh.get_local_rank(name) for name in names)
         self.parameters, self.gradients = self.level(parameters), self.level(gradients)
         self.optimizer_states = self.level(optimizer_states)
         self.secondary = self.parameters if secondary is None else self.level(secondary)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .buckets import Bucket, Run
@@ -44,6 +45,8 @@ class ShardedStates:
     ) -> None:
         self.levels, self.dtype, self.kind_of = levels, dtype, kind_of
         self.units: list[list[Bucket]] = []
+        self.buffers: dict[Tensor, bool] = {}
+        """Buffers that only one stage of a pipeline changes, and whether it is one of this process."""
         self._taken: set[nn.Parameter] = set()
         self._reducing: list[Chain] = []
         self._publishing: list[int] = []
@@ -60,12 +63,15 @@ class ShardedStates:
         """Backward of one micro-batch; after the last one of a step the optimizer's parameters have their gradients."""
         self._hooks.backward(loss, last=last)
 
-    def take(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Takes parameters over as one unit and returns its number: they keep their names and become views."""
+    def take(self, parameters: Iterable[nn.Parameter], *, copy: bool = False) -> int:
+        """Takes parameters over as one unit and returns its number: they keep their names and become views.
+
+        `copy`: another rank of a pipeline has them, too; it counts them in the norm and writes them into checkpoints.
+        """
         own = [parameter for parameter in parameters if parameter not in self._taken]
         self._taken.update(own)
         sides = [[parameter for parameter in own if parameter.requires_grad is trains] for trains in (True, False)]
-        buckets = [Bucket(side, self.levels, self.dtype, self.kind_of) for side in sides if side]
+        buckets = [Bucket(side, self.levels, self.dtype, self.kind_of, copy=copy) for side in sides if side]
         self.units.append(buckets)
         for bucket in buckets:
             for place in bucket.places if bucket.trainable else ():
@@ -145,14 +151,17 @@ class ShardedStates:
             groups.setdefault(run.kind, []).append(run.parameter)
         return [{**options[kind], "params": groups[kind]} for kind in sorted(groups)] or [{**options[0], "params": []}]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer works on: this process's parts of the fp32 values."""
-        return [run.parameter for run in self._runs()]
+    def parameters(self, unit: int | None = None) -> list[nn.Parameter]:
+        """What the optimizer works on, of one unit or of all: this process's parts of the fp32 values."""
+        units = self.units if unit is None else [self.units[unit]]
+        return [run.parameter for of_unit in units for bucket in of_unit for run in bucket.runs]
 
-    def gradient_norm(self) -> Tensor:
-        """The L2 norm of the whole gradient, a scalar on the device."""
+    def gradient_norm(self, pipeline: dist.ProcessGroup | None = None) -> Tensor:
+        """The L2 norm of the whole gradient, a scalar on the device. `pipeline`: the processes that have its parts."""
         device = next(bucket for unit in self.units for bucket in unit).whole.device
-        return norm_over_groups(self.parameters(), self.levels.groups[: self.levels.optimizer_states], device)
+        counted = [run.parameter for bucket in self._trainable() if not bucket.copy for run in bucket.runs]
+        groups = [*self.levels.groups[: self.levels.optimizer_states], *([] if pipeline is None else [pipeline])]
+        return norm_over_groups(counted, groups, device)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -1,0 +1,144 @@
+"""Which parameters the stages of a pipeline have, in the units that their states are sharded in.
+
+[Note: units of a stage]
+As the runtime's stage_states.py has them: of every stage the parameters of each of its blocks are a unit, and those
+that it uses outside of its blocks are one more, its root. What several stages of one rank use is in the first of these
+units that it fits into. What stages of several ranks use (a tied embedding and head) is a unit by itself on each of
+them. What nobody uses belongs to the stage of its block, or to the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from shardwright.planner.flat import PLAIN, Bucket, Chain, buckets
+from shardwright.planner.groups import Groups
+from shardwright.planner.space import Pipe
+from shardwright.schemas.job import OptimizerSpec
+from shardwright.schemas.profile import Parameter
+
+
+@dataclass(frozen=True, slots=True)
+class StateUnit:
+    """Parameters that are gathered and reduced together ([Note: units of a stage])."""
+
+    stages: tuple[int, ...]
+    """Those of the rank that use it."""
+    block: int
+    """Index in the model; -1 for a root, and for what several ranks have."""
+    parameters: tuple[Parameter, ...]
+    ranks: tuple[int, ...]
+    """That have a copy each."""
+
+
+def stage_segments(pipe: Pipe, stage: int, blocks: int) -> range:
+    """The segments of a stage ([Note: segments] in costs.py), of a model of so many blocks."""
+    own = pipe.blocks(stage, blocks)
+    last = stage == pipe.layout.stages - 1
+    return range(0 if stage == 0 else own.start + 1, own.stop + 1 + last)
+
+
+def without_schedule(pipe: Pipe) -> Pipe:
+    """The same for all schedules of the same stages."""
+    return replace(pipe, schedule="1f1b", activation_limits=())
+
+
+class Owners:
+    """Of every stage its parameters."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.profile = groups.profile
+        self.paths = groups.profile.block_paths
+        known = any(parameter.segments for parameter in self.profile.parameters)
+        self._segments = {each.name: each.segments for each in self.profile.parameters} if known else _usual(groups)
+        self._inside = [
+            frozenset(each.name for each in self.profile.parameters if _lies_in(each, path)) for path in self.paths
+        ]
+        self._units: Callable[[Pipe, int], tuple[StateUnit, ...]] = lru_cache(maxsize=100_000)(
+            lambda pipe, rank: tuple(self._of_rank(pipe, rank))
+        )
+        self._users: Callable[[Pipe], dict[str, tuple[int, ...]]] = lru_cache(maxsize=10_000)(self._stages_of)
+        self._trained: Callable[[range], int] = lru_cache(maxsize=100_000)(self._count_trained)
+        self._buckets: Callable[..., tuple[Bucket, ...]] = lru_cache(maxsize=100_000)(buckets)
+
+    def trained(self, segments: range) -> int:
+        """Elements of the trainable parameters that these segments use."""
+        return self._trained(segments)
+
+    def units(self, pipe: Pipe, rank: int) -> tuple[StateUnit, ...]:
+        """Of a rank: those of its blocks in order, the roots of its stages, and what it has in common with others."""
+        return self._units(_placed(pipe), rank)
+
+    def flat(
+        self, pipe: Pipe, rank: int, layout: Chain, optimizer: OptimizerSpec = PLAIN
+    ) -> tuple[tuple[Bucket, ...], ...]:
+        """The flat buckets of each of these units; `optimizer` says which parameters are of one kind."""
+        plain = optimizer if optimizer.groups or optimizer.no_decay != "auto" else PLAIN
+        return tuple(self._buckets(unit.parameters, layout, plain) for unit in self.units(pipe, rank))
+
+    def _stages_of(self, pipe: Pipe) -> dict[str, tuple[int, ...]]:
+        """Of each parameter the stages that have it."""
+        count = len(self.paths)
+        stages = range(pipe.layout.stages)
+        stage_of = {segment: stage for stage in stages for segment in stage_segments(pipe, stage, count)}
+        blocks = {block: stage for stage in stages for block in pipe.blocks(stage, count)}
+
+        def owner(parameter: Parameter) -> int:
+            return next((blocks[block] for block in blocks if parameter.name in self._inside[block]), 0)
+
+        return {
+            each.name: tuple(sorted({stage_of[at] for at in self._segments[each.name]})) or (owner(each),)
+            for each in self.profile.parameters
+        }
+
+    def _of_rank(self, pipe: Pipe, rank: int) -> Iterator[StateUnit]:
+        users = self._users(pipe)
+        on = {name: tuple(sorted({pipe.layout.place(stage)[0] for stage in stages})) for name, stages in users.items()}
+        mine = [pipe.layout.stage(rank, chunk) for chunk in range(pipe.chunks)]
+        alone = [each for each in self.profile.parameters if on[each.name] == (rank,)]
+        taken = set[str]()
+
+        def unit(block: int, parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Iterator[StateUnit]:
+            own = tuple(each for each in parameters if each.name not in taken)
+            taken.update(each.name for each in own)
+            if own:
+                stages = tuple(stage for stage in mine if any(stage in users[each.name] for each in own))
+                yield StateUnit(stages, block, own, ranks)
+
+        for stage in mine:
+            for block in pipe.blocks(stage, len(self.paths)):
+                yield from unit(block, [each for each in alone if each.name in self._inside[block]], (rank,))
+        for stage in mine:
+            yield from unit(-1, [each for each in alone if stage in users[each.name]], (rank,))
+        for ranks in sorted({ranks for ranks in on.values() if len(ranks) > 1 and rank in ranks}):
+            yield from unit(-1, [each for each in self.profile.parameters if on[each.name] == ranks], ranks)
+
+    def _count_trained(self, segments: range) -> int:
+        return sum(
+            each.numel
+            for each in self.profile.parameters
+            if each.trainable and any(segment in segments for segment in self._segments[each.name])
+        )
+
+
+def _placed(pipe: Pipe) -> Pipe:
+    """The same for all pipelines that have the same stages on the same ranks."""
+    return replace(pipe, schedule="1f1b", activation_limits=(), checkpointed=())
+
+
+def _lies_in(parameter: Parameter, path: str) -> bool:
+    return any(name.startswith(f"{path}.") for name in (parameter.name, *parameter.also))
+
+
+def _usual(groups: Groups) -> dict[str, tuple[int, ...]]:
+    """For profiles that do not say where parameters are used: blocks use their own, the embedding what is registered
+    before the first block, the head what comes after it and what is tied."""
+    users: dict[str, tuple[int, ...]] = {}
+    for index, block in enumerate(groups.blocks):
+        users |= {each.name: (index + 1,) for each in block}
+    for segment, parameters in zip((0, len(groups.blocks) + 1), groups.root_by_use, strict=True):
+        for each in parameters:
+            users[each.name] = (*users.get(each.name, ()), segment)
+    return users

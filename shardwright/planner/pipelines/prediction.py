@@ -1,0 +1,121 @@
+"""Everything that is predicted of a pipeline: for the plan, and for the search."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from shardwright.planner.collectives import metrics_calls
+from shardwright.planner.flat import Send, copy_sends, gather_sends, reduce_sends
+from shardwright.planner.groups import Groups
+from shardwright.planner.pipelines.costs import PipelineCosts, pipe_of
+from shardwright.planner.pipelines.memory import PipelineMemory
+from shardwright.planner.pipelines.schedule import Schedules
+from shardwright.planner.pipelines.timing import PipelineTime
+from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
+from shardwright.planner.schedules.bounds import lower_bound
+from shardwright.planner.schedules.text import to_text
+from shardwright.planner.space import PIPELINE_AXIS, Point, axis_name
+from shardwright.schemas.job import JobSpec
+from shardwright.schemas.plan import Collective, PipelinePrediction, StageTime
+from shardwright.schemas.profile import ModelProfile
+
+
+class Pipelines:
+    """The models of all pipelines of one job. Raises ValueError for a model without blocks, which cannot be cut."""
+
+    def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups) -> None:
+        self.costs = PipelineCosts(job, profile, groups)
+        self.schedules = Schedules(self.costs)
+        self.memory = PipelineMemory(job, profile, groups, self.costs, self.schedules)
+        self.time = PipelineTime(job, groups, self.costs, self.schedules)
+
+    def prediction(self, point: Point) -> PipelinePrediction:
+        """The pipeline section of a plan. The gap is to the bound under the point's activation limits, without any
+        where its schedule was not searched under limits."""
+        pipe, made = pipe_of(point), self.schedules.made(point)
+        exact, span = self.costs.exact(point), made.simulation.span
+        bound = lower_bound(made.layout, made.costs, point.accumulation, pipe.activation_limits or None)
+        sends = [*made.costs.send, 0.0]
+        return PipelinePrediction(
+            stages=tuple(
+                StageTime(
+                    stage=stage,
+                    rank=pipe.layout.place(stage)[0],
+                    forward_s=exact.forward[stage],
+                    input_gradient_s=exact.input_gradient[stage],
+                    weight_gradient_s=exact.weight_gradient[stage],
+                    send_s=sends[stage],
+                    activation_bytes=round(exact.activations[stage]),
+                    held_by_weight_bytes=round(exact.held_by_weight[stage]),
+                )
+                for stage in range(pipe.layout.stages)
+            ),
+            edges=self.costs.edges(point),
+            timetable=tuple(to_text(made.timetable).splitlines()),
+            makespan_s=made.simulation.makespan,
+            bubble_rate=made.simulation.bubble_rate(),
+            lower_bound_s=bound,
+            gap=span / bound - 1.0 if bound > 0 else 0.0,
+        )
+
+    def collectives(self, point: Point, rank: int) -> tuple[Collective, ...]:
+        """Every collective and message of one process with this rank's stages in one step, merged where equal."""
+        calls: Counter[Collective] = Counter()
+        for call in (
+            *self._states(point, rank),
+            *self._messages(point, rank),
+            *self._norm(point),
+            *metrics_calls(point),
+        ):
+            if call.bytes and call.group_size > 1:
+                calls[call.model_copy(update={"count": 1})] += call.count
+        return tuple(call.model_copy(update={"count": count}) for call, count in calls.items())
+
+    def _states(self, point: Point, rank: int) -> Iterator[Collective]:
+        """Parameters and gradients, as the rank's program has them, and the sums of tied gradients."""
+        pipe, layout = pipe_of(point), point.chain
+        element = PRECISIONS[point.precision].compute_bytes
+        units = self.costs.owners.units(pipe, rank)
+        buckets = self.costs.owners.flat(pipe, rank, layout)
+        steps = Counter((step.kind, step.stage) for step in self.schedules.programs(point)[rank])
+        for unit, of in zip(units, buckets, strict=True):
+            gathers, reductions = (sum(steps[kind, stage] for stage in unit.stages) for kind in ("GATHER", "REDUCE"))
+            for bucket in of:
+                sends: Counter[Send] = Counter()
+                for send in gather_sends(bucket, layout, layout.parameters, 0, element, point.int8_gathers):
+                    sends[send] += gathers
+                if bucket.trainable:
+                    for send in reduce_sends(bucket, layout, 0, layout.gradients, point.int4_reductions):
+                        sends[send] += reductions
+                    for send in (
+                        *reduce_sends(bucket, layout, layout.gradients, layout.optimizer_states, point.int4_reductions),
+                        *copy_sends(bucket, layout),
+                        *gather_sends(bucket, layout, layout.optimizer_states, layout.parameters, element),
+                    ):
+                        sends[send] += 1
+                for send, count in sends.items():
+                    size = layout.sizes[send.axis]
+                    yield _call(send.kind, axis_name(send.axis), size, send.bytes, count, send.purpose)
+            own = sum(bucket.padded for bucket in of if bucket.trainable) // point.optimizer_degree
+            if len(unit.ranks) > 1:
+                yield _call("all_reduce", PIPELINE_AXIS, len(unit.ranks), MASTER_BYTES * own, 1, "gradients")
+
+    def _messages(self, point: Point, rank: int) -> Iterator[Collective]:
+        sizes = self.costs.messages(point)
+        for kind, stage, _, peer in self.schedules.programs(point)[rank]:
+            if kind.startswith("SEND"):
+                size = sizes[min(stage, peer), max(stage, peer)]
+                yield _call("send", PIPELINE_AXIS, pipe_of(point).ranks, size, 1, "activations")
+
+    def _norm(self, point: Point) -> Iterator[Collective]:
+        layout = point.chain
+        for axis in range(layout.optimizer_states):
+            yield _call("all_reduce", axis_name(axis), layout.sizes[axis], MASTER_BYTES, 1, "grad_norm")
+        yield _call("all_reduce", PIPELINE_AXIS, pipe_of(point).ranks, MASTER_BYTES, 1, "grad_norm")
+
+
+def _call(kind: str, axis: str, group_size: int, size: int, count: int, purpose: str) -> Collective:
+    return Collective.model_validate(
+        {"kind": kind, "axis": axis, "group_size": group_size, "bytes": size, "count": count, "purpose": purpose}
+    )
