@@ -37,18 +37,40 @@ class CollectiveLog:
 
     def __init__(self) -> None:
         self.calls: Counter[Call] = Counter()
+        self._counted = 0
+        """Calls before sends are joined."""
+        self._sent: list[Call] = []
+        """Sends that are no part of a message yet."""
         self._groups: list[CountedGroup] = []
         self._sequence = 0
 
     def clear(self) -> None:
         """Start counting anew."""
         self.calls = Counter()
+        self._counted = 0
+        self._sent = []
         self._sequence = self._sequence_number()
+
+    def add(self, call: Call) -> None:
+        """Count a call."""
+        self.calls[call] += 1
+        self._counted += 1
+        if call.kind == "send":
+            self._sent.append(call)
+
+    def join_sends(self) -> None:
+        """What was sent since this was last called is one message: it counts as one call of as many bytes."""
+        sent, self._sent = self._sent, []
+        for call in sent:
+            self.calls[call] -= 1
+        for ranks in {call.ranks for call in sent}:
+            self.calls[Call("send", ranks, sum(call.bytes for call in sent if call.ranks == ranks))] += 1
+        self.calls = +self.calls
 
     @property
     def unseen(self) -> int:
         """Calls that gloo ran and that were not counted."""
-        return self._sequence_number() - self._sequence - self.calls.total()
+        return self._sequence_number() - self._sequence - self._counted
 
     def _sequence_number(self) -> int:
         return sum(int(group.gloo._get_sequence_number_for_group()) for group in self._groups)
@@ -115,7 +137,7 @@ class CountedGroup(ProcessGroup):
 def _counted(method: str, kind: str, whole: int | None) -> Callable[..., Any]:
     def call(self: CountedGroup, *args: Any, **kwargs: Any) -> Any:
         size = 0 if whole is None else _bytes(args[whole])
-        self.log.calls[Call(kind, self.members, size)] += 1
+        self.log.add(Call(kind, self.members, size))
         return getattr(self.plain, method)(*args, **kwargs)
 
     return call

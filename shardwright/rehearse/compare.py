@@ -62,19 +62,24 @@ def read_parameters(folder: Path) -> dict[str, Tensor]:
 
 
 def compare_series(
-    run: str, name: str, expected: Sequence[float | None], found: Sequence[float | None], tolerance: float
+    run: str,
+    name: str,
+    expected: Sequence[float | None],
+    found: Sequence[float | None],
+    tolerance: float | Sequence[float],
 ) -> Check:
-    """One number a step: each must agree within the tolerance, relative to the expected one."""
+    """One number a step: each must agree within the tolerance, or that of its step, relative to the expected one."""
+    limits = [tolerance] * len(expected) if isinstance(tolerance, float) else tolerance
     differences = [_relative(a, b) for a, b in zip(expected, found, strict=False)]
     complete = len(expected) == len(found) and differences
-    worst = max(range(len(differences)), key=differences.__getitem__) if differences else 0
+    worst = max(range(len(differences)), key=lambda step: differences[step] / limits[step]) if differences else 0
     return Check(
         run=run,
         name=f"{name} of {len(expected)} steps",
         expected=f"{_number(expected[worst])} in step {worst + 1}" if expected else "nothing",
         found=f"{_number(found[worst])}, off by {differences[worst]:.1e}" if complete else f"{len(found)} steps",
-        tolerance=f"{tolerance:g}",
-        passed=bool(complete) and differences[worst] <= tolerance,
+        tolerance=f"{limits[worst]:.2g}" if limits else "",
+        passed=bool(complete) and differences[worst] <= limits[worst],
     )
 
 

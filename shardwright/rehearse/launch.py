@@ -51,6 +51,8 @@ class Failure:
 
     message: str
     log: tuple[str, ...]
+    process: int | None = None
+    """Which failed first, where one did."""
 
 
 def run(launches: Sequence[Launch], modules: Sequence[str], folder: Path) -> Generator[float | Failure, None, None]:
@@ -87,7 +89,7 @@ def run(launches: Sequence[Launch], modules: Sequence[str], folder: Path) -> Gen
             early = [rank for rank in range(launch.processes) if not launch.findings(rank).exists()]
             if early:
                 message = f"process {early[0]} of {launch.processes} ended before step {launch.steps}"
-                yield Failure(message, _tail(launch.log(early[0])))
+                yield Failure(message, _tail(launch.log(early[0])), early[0])
                 return
             yield outcome["seconds"]
     finally:
@@ -112,7 +114,7 @@ def _failure(launch: Launch, outcome: dict[str, int]) -> Failure:
         how = f"was killed by {signal.Signals(-outcome['exit_code']).name}"
     else:
         how = f"failed with exit code {outcome['exit_code']}"
-    return Failure(f"process {rank} of {launch.processes} {how}", _tail(launch.log(rank)))
+    return Failure(f"process {rank} of {launch.processes} {how}", _tail(launch.log(rank)), rank)
 
 
 def _tail(log: Path) -> tuple[str, ...]:

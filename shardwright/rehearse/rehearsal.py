@@ -7,12 +7,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shardwright.planner.space import point_of
+from shardwright.rehearse.compare_layout import own_stages, stages_named
 from shardwright.rehearse.launch import Failure, Launch, run
 from shardwright.rehearse.report_types import Check, RehearsalReport, Run
-from shardwright.rehearse.shrink import SmallJob, exactly, pinned, reference, shrink
+from shardwright.rehearse.shrink import SmallJob, exactly, pinned, reference, shrink, with_stages
+from shardwright.rehearse.shrink_pipeline import pipeline_changes
 from shardwright.rehearse.trials import Trial, trials
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
@@ -66,7 +69,7 @@ def rehearse(
         rehearsed=pairs[0].plan.name,
         processes=small.mesh.world_size,
         steps=steps,
-        shrunk=small.changes,
+        shrunk=(*small.changes, *pipeline_changes(plan.decision, pairs[0].plan.decision)),
         runs=tuple(runs),
         checks=tuple(checks),
         error=failure.message if failure else "",
@@ -130,7 +133,6 @@ def compile_trial(
     small: SmallJob, plan: Plan, profile: ModelProfile, one: Trial, folder: Path, workplace: Path
 ) -> Pair:
     """Write the scripts of one trial below `workplace`: the shrunk plan's, and that of one process."""
-    from shardwright.planner import evaluate
     from shardwright.planner.recipe import fitting
 
     optimizer = fitting(one.optimizer, profile.parameters)
@@ -138,12 +140,23 @@ def compile_trial(
     micro_batch = small.micro_batch if one.same_micro_batches else small.job.train.global_batch_sequences
     alone = reference(small, optimizer, one.precision, micro_batch)
     name = one.name.replace(", ", "-").replace(" ", "-")
-    own, single = _only_plan(job, plan, profile), _only_plan(alone, plan, profile)
-    wanted = exactly(small, plan.decision, own.decision, fewer_bits=one.fewer_bits)
-    if wanted != own.decision:
-        own = evaluate(own.model_copy(update={"decision": wanted}), profile)
+    own, single = _own_plan(small, job, plan, profile, one), _only_plan(alone, plan, profile)
     launch = _emit(own, folder, workplace / name / "plan")
     return Pair(one, own, launch, single, _emit(single, folder, workplace / name / "one-process"))
+
+
+def _own_plan(small: SmallJob, job: JobSpec, plan: Plan, profile: ModelProfile, one: Trial) -> Plan:
+    """The plan of the pinned job, over all axes or with all stages of the plan."""
+    from shardwright.planner import evaluate
+    from shardwright.planner.predict import Predictor
+
+    if small.pipeline is not None:
+        wanted = with_stages(small, small.pipeline, plan.decision, Predictor(job, profile), one.precision)
+        shrunk = plan.model_copy(update={"job": job, "decision": wanted, "defaults": ()})
+        return evaluate(shrunk, profile)
+    own = _only_plan(job, plan, profile)
+    wanted = exactly(small, plan.decision, own.decision, fewer_bits=one.fewer_bits)
+    return own if wanted == own.decision else evaluate(own.model_copy(update={"decision": wanted}), profile)
 
 
 def _only_plan(job: JobSpec, plan: Plan, profile: ModelProfile) -> Plan:
@@ -180,8 +193,18 @@ def _run(
                 progress(f"{pair.of.name}: {what}")
                 outcome = next(outcomes)
                 if isinstance(outcome, Failure):
-                    return runs, checks, Failure(f"{pair.of.name}, {what}: {outcome.message}", outcome.log)
+                    return runs, checks, _told(outcome, pair, what)
                 seconds += outcome
             runs.append(Run(name=pair.of.name, seconds=seconds))
             checks += check_pair(pair.of, pair.plan, Path(pair.launch.folder), Path(pair.launch_alone.folder), profile)
     return runs, checks, None
+
+
+def _told(failure: Failure, pair: Pair, what: str) -> Failure:
+    """With what ran, and which stages the process has that failed."""
+    pipe = point_of(pair.plan.decision).pipe
+    stages = ""
+    if failure.process is not None and pipe is not None and what == pair.plan.name:
+        own = own_stages(pipe, pair.plan.decision.mesh.world_size, failure.process)
+        stages = f"; it has {stages_named(own)}"
+    return replace(failure, message=f"{pair.of.name}, {what}: {failure.message}{stages}")

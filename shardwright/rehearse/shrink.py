@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardwright.planner.engines import ENGINES
-from shardwright.planner.space import decide, point_of
+from shardwright.planner.predict import Predictor
+from shardwright.planner.space import PIPELINE_AXIS, block_count, decide, point_of
 from shardwright.rehearse.report_types import Change
 from shardwright.rehearse.shrink_mesh import SmallMesh, shrink_mesh
-from shardwright.rehearse.shrink_model import SMALL_VOCABULARY, shrink_model
+from shardwright.rehearse.shrink_model import BLOCKS, SMALL_VOCABULARY, shrink_model
+from shardwright.rehearse.shrink_pipeline import SmallPipeline, shrink_pipeline, staged
 from shardwright.schemas.cluster import ClusterSpec, DeviceSpec
 from shardwright.schemas.job import DataSpec, JobSpec, OptimizerSpec, StatesSpec, StrategySpec, SyntheticSpec, TrainSpec
 from shardwright.schemas.job_files import expand
@@ -49,6 +51,7 @@ class SmallJob:
     mesh: SmallMesh
     micro_batch: int
     accumulation: int
+    pipeline: SmallPipeline | None
     changes: tuple[Change, ...]
 
 
@@ -60,10 +63,13 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
     job, decision = plan.job, plan.decision
     mesh = shrink_mesh(decision, job.cluster, processes)
     micro_batch = min(decision.micro_batch, _MICRO_BATCH)
-    accumulation = min(decision.accumulation, _ACCUMULATION)
+    pipeline = shrink_pipeline(plan, mesh.ranks)
+    accumulation = min(decision.accumulation, _ACCUMULATION) if pipeline is None else pipeline.micro_batches
     data, vocabulary, data_changes = _small_data(job.data, folder)
-    model, model_changes = shrink_model(job.model, folder, vocabulary)
-    train = _small_train(job, steps, mesh.world_size * micro_batch * accumulation)
+    model, model_changes = shrink_model(
+        job.model, folder, vocabulary, max(BLOCKS, 0 if pipeline is None else sum(pipeline.blocks))
+    )
+    train = _small_train(job, steps, mesh.copies * micro_batch * accumulation)
     cluster = _small_cluster(job.cluster, mesh)
     small = JobSpec(
         model=model.model_copy(update={"init": plan.model.init}),
@@ -88,6 +94,7 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
         mesh=mesh,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        pipeline=pipeline,
         changes=(*changed, *model_changes, *data_changes),
     )
 
@@ -96,7 +103,11 @@ def pinned(small: SmallJob, decision: Decision, optimizer: OptimizerSpec, precis
     """The job whose only plan is `decision`, shrunk, but for its mesh (`exactly`). `blocks`: how many repeated blocks
     the small model has."""
     states, freed = decision.states, decision.engine.reshard_after_forward
+    pipe = None if small.pipeline is None else small.pipeline.pipe
     strategy = StrategySpec(
+        pp=(small.mesh.ranks,),
+        schedule="auto" if pipe is None else (pipe.schedule,),
+        chunks="auto" if pipe is None else (pipe.chunks,),
         states=StatesSpec(
             parameters=(small.mesh.degree(states.parameters.degree),),
             gradients=(small.mesh.degree(states.gradients.degree),),
@@ -131,6 +142,30 @@ def exactly(small: SmallJob, decision: Decision, found: Decision, *, fewer_bits:
         int4_reductions=tuple(names.index(name) for name in sent.int4_reductions if name in names),
     )
     return decide(point, small.job.cluster, found.checkpointing.of)
+
+
+def with_stages(
+    small: SmallJob, pipeline: SmallPipeline, decision: Decision, predictor: Predictor, precision: Precision
+) -> Decision:
+    """The decision of a plan with pipeline stages, shrunk. `predictor`: of the shrunk job and model.
+
+    Raises InputError where that model cannot be cut into so many stages.
+    """
+    mesh, point = small.mesh, point_of(decision)
+    shard = mesh.degree(point.shard)
+    uncut = replace(
+        point,
+        world=mesh.world_size,
+        shard=shard,
+        optimizer_degree=mesh.degree(point.optimizer_degree),
+        gradient_degree=mesh.degree(point.gradient_degree),
+        axes=tuple(size for name, size in reversed(mesh.axes.items()) if size > 1 and name != PIPELINE_AXIS),
+        kept=point.kept if shard > 1 else None,
+        micro_batch=small.micro_batch,
+        accumulation=small.accumulation,
+        precision=precision,
+    )
+    return decide(staged(pipeline, uncut, predictor), small.job.cluster, block_count(predictor.profile))
 
 
 def reference(small: SmallJob, optimizer: OptimizerSpec, precision: Precision, micro_batch: int) -> JobSpec:

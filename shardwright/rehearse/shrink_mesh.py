@@ -7,6 +7,8 @@ of factors, each within one level, one axis and one gap between neighbouring deg
 size 2, drops factors while the product is more than the processes allowed (a gap loses its slower factors first, and
 only then vanishes whole, the slowest one first), and grows what is left towards four processes. Four tell apart what
 two cannot (the first shard, the last one and those between), and more than four prove nothing new about one axis.
+The stages of a pipeline lie on an axis of their own, the slowest: it stays, with up to four ranks where each factor of
+the others still finds room, and these share the processes that are left.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from math import gcd, prod
 from typing import NamedTuple
 
+from shardwright.planner.space import PIPELINE_AXIS
 from shardwright.schemas.cluster import ClusterSpec, LevelSpec
 from shardwright.schemas.plan import Decision
 
@@ -49,6 +52,16 @@ class SmallMesh:
         """Number of processes."""
         return prod(self.axes.values())
 
+    @property
+    def ranks(self) -> int:
+        """Ranks of the pipeline; 1 without one."""
+        return self.axes.get(PIPELINE_AXIS, 1)
+
+    @property
+    def copies(self) -> int:
+        """Processes that train the same stages, or the whole model."""
+        return self.world_size // self.ranks
+
     def degree(self, degree: int) -> int:
         """What has become of a shard degree."""
         return prod(small for factor, small in self.kept if factor.end <= degree)
@@ -56,7 +69,7 @@ class SmallMesh:
 
 def shrink_mesh(decision: Decision, cluster: ClusterSpec, processes: int) -> SmallMesh:
     """The smallest mesh of the same structure on at most `processes` ([Note: how axes are shrunk])."""
-    kept = _grown(_few(factors(decision, cluster), processes), min(processes, _ENOUGH))
+    kept = _kept(factors(decision, cluster), processes)
     axes = [axis.name for axis in decision.mesh.axes]
     sizes = {axis: prod(small for factor, small in kept if factor.axis == axis) for axis in axes}
     widths = [prod(small for factor, small in kept if factor.level == n) for n in range(len(cluster.levels))]
@@ -66,6 +79,28 @@ def shrink_mesh(decision: Decision, cluster: ClusterSpec, processes: int) -> Sma
         if width > 1
     ]
     return SmallMesh(sizes, tuple(levels) or (cluster.levels[0].model_copy(update={"size": 1}),), tuple(kept))
+
+
+def _kept(found: Sequence[Factor], processes: int) -> list[tuple[Factor, int]]:
+    """What is left of the factors, each with its size."""
+    others = [factor for factor in found if factor.axis != PIPELINE_AXIS]
+    along = found[len(others) :]
+    if not along:
+        return _grown(_few(others, processes), min(processes, _ENOUGH))
+    whole = along[-1]._replace(size=prod(factor.size for factor in along))
+    ranks = _ranks(whole.size, len(others), processes)
+    copies = processes // ranks
+    return [*_grown(_few(others, copies), min(copies, _ENOUGH)), (whole, ranks)]
+
+
+def _ranks(ranks: int, others: int, processes: int) -> int:
+    """Of the small pipeline: at least two, and no more than leave each of the other factors its two processes."""
+    least = 2
+    room = processes >> others
+    while room < least and others:
+        others -= 1
+        room = processes >> others
+    return max(least, min(ranks, _ENOUGH, room))
 
 
 def factors(decision: Decision, cluster: ClusterSpec) -> list[Factor]:

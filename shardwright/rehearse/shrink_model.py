@@ -18,24 +18,26 @@ _WIDTH = ("hidden_size", "n_embd", "d_model")
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
 _DROPOUT = ("dropout", "pdrop", "drop_rate")
 
-_BLOCKS = 3
+BLOCKS = 3
 """A first, a last and one between: what wraps, recomputes or prefetches blocks treats these differently."""
 _HEAD_DIM = 16
 SMALL_VOCABULARY = 256
 
 
-def shrink_model(model: ModelSpec, folder: Path, vocabulary: int | None) -> tuple[ModelSpec, list[Change]]:
+def shrink_model(
+    model: ModelSpec, folder: Path, vocabulary: int | None, blocks: int = BLOCKS
+) -> tuple[ModelSpec, list[Change]]:
     """The model for a rehearsal, and what became of which of its numbers.
 
     `folder`: where relative paths of the job start. `vocabulary`: the number of token ids that the rehearsal's data may
-    hold, or None to leave the model's own. `model.rehearse` has the last word. Raises InputError if the configuration
-    cannot be read.
+    hold, or None to leave the model's own. `blocks`: at most so many are kept. `model.rehearse` has the last word.
+    Raises InputError if the configuration cannot be read.
     """
     if model.hf is None:
-        before, changed, key = model.args, _small_args(model.args), "model.args"
+        before, changed, key = model.args, _small_args(model.args, blocks), "model.args"
     else:
         before, key = _configuration(model.hf, folder), "model.hf"
-        changed = _small_configuration(_complete(before), vocabulary)
+        changed = _small_configuration(_complete(before), vocabulary, blocks)
     after = dict(before) | changed | model.rehearse
     changes = [
         Change(key=f"{key}.{name}", before=str(before.get(name, "default")), after=str(value), because=_why(name))
@@ -53,20 +55,20 @@ def _why(name: str) -> str:
     return "random numbers would differ between the runs" if _is_dropout(name) else ""
 
 
-def _small_args(args: Mapping[str, Any]) -> dict[str, Any]:
+def _small_args(args: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     """Fewer blocks and no dropout; a factory's other arguments mean what only its author knows."""
-    small: dict[str, Any] = {name: min(value, _BLOCKS) for name, value in args.items() if _is_count(name, value, DEPTH)}
+    small: dict[str, Any] = {name: min(value, blocks) for name, value in args.items() if _is_count(name, value, DEPTH)}
     return small | _without_dropout(args)
 
 
-def _small_configuration(full: Mapping[str, Any], vocabulary: int | None) -> dict[str, Any]:
+def _small_configuration(full: Mapping[str, Any], vocabulary: int | None, blocks: int) -> dict[str, Any]:
     """What to change in a Hugging Face configuration, given with its defaults filled in."""
     small: dict[str, Any] = _without_dropout(full)
     depth = next((full[name] for name in DEPTH if _is_count(name, full.get(name), DEPTH)), None)
-    if depth is not None and depth > _BLOCKS:
-        small |= {name: _BLOCKS for name in DEPTH if full.get(name) == depth}
+    if depth is not None and depth > blocks:
+        small |= {name: blocks for name in DEPTH if full.get(name) == depth}
         small |= {
-            name: value[:_BLOCKS] for name, value in full.items() if isinstance(value, list) and len(value) == depth
+            name: value[:blocks] for name, value in full.items() if isinstance(value, list) and len(value) == depth
         }
     small |= _small_width(full)
     known = full.get("vocab_size")

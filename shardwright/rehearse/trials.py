@@ -23,16 +23,31 @@ can flip its rounding to 8 bits, which is then a difference of 2**-9.
 The numbers below are ten times and more what the plans of `tests/rehearse` and `examples` were measured to differ by.
 What they are to catch changes a gradient by much more: a lost micro-batch of a dozen by a twelfth, and where the widest
 ones apply, on one process, by a third.
+
+[Note: the loss of other weights]
+The loss of the first step is of the same weights as the reference's, whatever is rounded in gradients. Later losses are
+of weights that differ from the reference's by as much as the updates so far may: by the tolerance t of the update,
+times the distance |w - w0| that the reference has moved. By the mean value theorem two losses differ by no more than
+that distance times the largest gradient norm between the two points. The norm at the one end is the reference's, at the
+other it is within the tolerance of the norm, and between them it is taken to be no larger than that:
+
+    |L(w') - L(w)| <= (1 + t_norm) |g(w)| t |w - w0|
+
+This comes on top of the first step's tolerance where numbers are rounded so coarsely that no constant holds for every
+model: in bf16, and with gradients in fewer bits. In float32 it would be next to nothing, and is left out. Weights that
+are gathered in int8 are rounded from the first step on: the loss may then also be off by what was measured
+(`_FEWER_BITS.loss`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardwright.planner.engines import ENGINES
 from shardwright.rehearse.shrink import Precision
 from shardwright.schemas.job import OptimizerSpec
-from shardwright.schemas.plan import Plan
+from shardwright.schemas.plan import Decision, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +99,31 @@ _NOTHING_AMPLIFIES = Tolerance(loss=1e-4, gradient_norm=1e-3, update=0.02)
 
 _FEWER_BITS = Tolerance(loss=2e-4, gradient_norm=0.15, update=0.3, of_each_tensor=False)
 """Gradients of which each element is off by up to a fourteenth of the largest of 256, once an axis. A wrong scale or
-group changes them by more than that; what is smaller shows in the exact trials."""
+group changes them by more than that; what is smaller shows in the exact trials. `loss`: only where weights, too, are
+rounded ([Note: the loss of other weights])."""
+
+
+def loss_tolerances(
+    of: Trial,
+    decision: Decision,
+    losses: Sequence[float | None],
+    norms: Sequence[float | None],
+    moved: Sequence[float],
+) -> list[float]:
+    """The largest relative difference of each step's loss. `losses`, `norms`, `moved`: of the reference, step by step;
+    `moved` is how far its weights were from the initial ones after the step."""
+    limits = of.tolerance
+    always = limits.loss
+    if of.fewer_bits:
+        exact = replace(of, fewer_bits=False).tolerance.loss
+        always = max(exact, limits.loss) if decision.communication.int8_gathers else exact
+    elif of.precision == "fp32":
+        return [always] * len(losses)
+    reach = (1 + limits.gradient_norm) * limits.update
+    return [
+        always + (reach * norm * distance / max(abs(loss), 1e-30) if loss is not None and norm is not None else 0.0)
+        for loss, norm, distance in zip(losses, norms, (0.0, *moved), strict=False)
+    ]
 
 
 def trials(plan: Plan) -> tuple[Trial, ...]:

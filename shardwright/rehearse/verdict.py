@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shardwright.planner import at_rest_bytes
+from shardwright.planner.at_rest import State
 from shardwright.planner.groups import Groups
+from shardwright.planner.pipelines.costs import pipe_of
+from shardwright.planner.pipelines.prediction import Pipelines
+from shardwright.planner.predict import Predictor
+from shardwright.planner.schedules.text import from_text
+from shardwright.planner.space import Point, point_of
 from shardwright.rehearse.compare import (
     Outcome,
     compare_checkpoint,
@@ -14,39 +22,81 @@ from shardwright.rehearse.compare import (
     compare_series,
     compare_updates,
 )
-from shardwright.rehearse.compare_layout import compare_at_rest, compare_collectives
+from shardwright.rehearse.compare_layout import (
+    Processes,
+    compare_actions,
+    compare_at_rest,
+    compare_collectives,
+    own_stages,
+)
 from shardwright.rehearse.report_types import Check
-from shardwright.rehearse.trials import Trial
-from shardwright.schemas.plan import Plan
+from shardwright.rehearse.trials import Trial, loss_tolerances
+from shardwright.schemas.plan import Mesh, Plan
 from shardwright.schemas.profile import ModelProfile
 
 
 def check_pair(of: Trial, plan: Plan, folder: Path, alone: Path, profile: ModelProfile) -> list[Check]:
     """Compare what the plan's processes left in `folder` with what one process left in `alone`, and with the plan."""
-    mesh = plan.decision.mesh
-    found, expected = Outcome(folder, mesh.world_size), Outcome(alone, 1)
+    world = plan.decision.mesh.world_size
+    found, expected = Outcome(folder, world), Outcome(alone, 1)
     run = of.name
     findings = found.findings()
     groups = Groups(profile)
-    at_rest = [at_rest_bytes(plan.decision, groups, plan.job.train, rank) for rank in range(mesh.world_size)]
+    at_rest = [at_rest_bytes(plan.decision, groups, plan.job.train, rank) for rank in range(world)]
     randomness = compare_randomness(run, findings)
     return [
         compare_equal(run, "initial weights", expected.weights("initial"), found.weights("initial")),
         randomness,
         # Processes that draw, draw differently: their numbers cannot be compared.
-        *(_compare_training(of, expected, found) if randomness.passed else ()),
+        *(_compare_training(of, plan, expected, found) if randomness.passed else ()),
         compare_checkpoint(run, found),
-        *compare_at_rest(run, at_rest, [rank["at_rest"] for rank in findings]),
-        *compare_collectives(run, mesh, plan.prediction.collectives, findings),
+        *_compare_layout(run, plan, profile, at_rest, findings),
     ]
 
 
-def _compare_training(of: Trial, expected: Outcome, found: Outcome) -> list[Check]:
+def _compare_training(of: Trial, plan: Plan, expected: Outcome, found: Outcome) -> list[Check]:
     run, limits = of.name, of.tolerance
     norm, its_norm = expected.metric("grad_norm"), found.metric("grad_norm")
+    loss, its_loss = expected.metric("loss"), found.metric("loss")
     initial, final = expected.weights("initial"), expected.weights("final")
+    of_loss = loss_tolerances(of, plan.decision, loss, norm, expected.findings()[0]["moved"])
     return [
-        compare_series(run, "loss", expected.metric("loss"), found.metric("loss"), limits.loss),
+        compare_series(run, "loss", loss, its_loss, of_loss),
         compare_series(run, "gradient norm", norm, its_norm, limits.gradient_norm),
         compare_updates(run, initial, final, found.weights("final"), limits.update, limits.of_each_tensor),
     ]
+
+
+def _compare_layout(
+    run: str,
+    plan: Plan,
+    profile: ModelProfile,
+    at_rest: Sequence[Mapping[State, int]],
+    findings: Sequence[Mapping[str, Any]],
+) -> list[Check]:
+    mesh, point = plan.decision.mesh, point_of(plan.decision)
+    held = [rank["at_rest"] for rank in findings]
+    if point.pipe is None:
+        who, predicted = Processes(mesh), [plan.prediction.collectives] * mesh.world_size
+        return [*compare_at_rest(run, who, at_rest, held), *compare_collectives(run, who, predicted, findings)]
+    pipelines, timetable = Predictor(plan.job, profile).pipelines, plan.prediction.pipeline
+    assert timetable is not None, "a plan with stages predicts its pipeline"
+    who = _processes(point, mesh, pipelines)
+    predicted = [pipelines.collectives(point, rank // point.copies) for rank in range(mesh.world_size)]
+    return [
+        compare_actions(run, who, from_text("\n".join(timetable.timetable)), point.pipe.layout, findings),
+        *compare_at_rest(run, who, at_rest, held),
+        *compare_collectives(run, who, predicted, findings),
+    ]
+
+
+def _processes(point: Point, mesh: Mesh, pipelines: Pipelines) -> Processes:
+    """The stages of each process, and with whom it shares parameters."""
+    pipe = pipe_of(point)
+    stages, ties = [], []
+    for process in range(mesh.world_size):
+        rank, copy = divmod(process, point.copies)
+        shared = {unit.ranks for unit in pipelines.costs.owners.units(pipe, rank) if len(unit.ranks) > 1}
+        stages.append(own_stages(pipe, mesh.world_size, process))
+        ties.append(tuple(tuple(each * point.copies + copy for each in ranks) for ranks in sorted(shared)))
+    return Processes(mesh, tuple(stages), tuple(ties))

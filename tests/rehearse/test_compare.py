@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from rehearse.samples import decision
+from rehearse.samples import cluster, decision, plan_for
 from shardwright.rehearse.compare import compare_equal, compare_series, compare_updates, update_error
-from shardwright.rehearse.compare_layout import compare_at_rest, compare_collectives, group_ranks
+from shardwright.rehearse.compare_layout import Processes, compare_at_rest, compare_collectives, group_ranks
 from shardwright.rehearse.report_types import Check, RehearsalReport
-from shardwright.schemas.plan import Collective
+from shardwright.rehearse.trials import loss_tolerances, trials
+from shardwright.schemas.plan import Collective, Plan
 
 HSDP = decision(("dp_replicate", 2), ("dp_shard", 2)).mesh
 FSDP = decision(("dp_shard", 2)).mesh
@@ -32,6 +34,41 @@ def test_a_series_differs_where_it_is_furthest_off(found: list[float | None], pa
     check = compare_series("run", "loss", [4.0, 2.0, 1.0], found, 1e-5)
     assert check.passed is passed
     assert says in check.found
+
+
+def lossy(*, int8: bool, int4: bool = True) -> Plan:
+    sent = {"int8_gathers": ("dp_2",) if int8 else (), "int4_reductions": ("dp_2",) if int4 else ()}
+    axes = (("dp_2", 2), ("dp_1", 2))
+    chosen = decision(*axes, engine="amsp", parameters=4, optimizer=4, precision="fp32", communication=sent)
+    return plan_for(chosen, cluster(("node", 4)), quality="lossy")
+
+
+def test_the_first_loss_is_exact_and_later_ones_follow_from_the_update() -> None:
+    """What gradients in fewer bits may do to the loss is what weights may do that are as far off as is allowed."""
+    plan = lossy(int8=False)
+    *_, exact, last = trials(plan)
+    assert (exact.fewer_bits, last.fewer_bits) == (False, True)
+    limits = last.tolerance
+    found = loss_tolerances(last, plan.decision, [4.0, 2.0, 2.0], [3.0, 2.0, None], [0.1, 0.2, 0.3])
+    reach = 1.15 * 2.0 * limits.update * 0.1
+    assert found == [exact.tolerance.loss, pytest.approx(exact.tolerance.loss + reach / 2.0), exact.tolerance.loss]
+    assert loss_tolerances(exact, plan.decision, [4.0], [3.0], [0.1]) == [exact.tolerance.loss]
+    rounding = replace(exact, precision="bf16_mixed")
+    found = loss_tolerances(rounding, plan.decision, [4.0, 2.0], [3.0, 2.0], [0.1, 0.2])
+    own = rounding.tolerance
+    more = (1 + own.gradient_norm) * 2.0 * own.update * 0.1 / 2.0
+    assert found == [own.loss, pytest.approx(own.loss + more)]
+    plan = lossy(int8=True)  # weights are rounded before the first forward
+    rounded = loss_tolerances(trials(plan)[-1], plan.decision, [4.0, 2.0], [3.0, 2.0], [0.1, 0.2])
+    assert rounded == [limits.loss, pytest.approx(limits.loss + reach / 2.0)]
+
+
+def test_each_step_may_have_a_tolerance_of_its_own() -> None:
+    check = compare_series("run", "loss", [1.0, 1.0], [1.00001, 1.001], [1e-6, 1e-2])
+    assert not check.passed
+    assert check.expected == "1 in step 1"
+    assert check.tolerance == "1e-06"
+    assert compare_series("run", "loss", [1.0, 1.0], [1.0, 1.001], [1e-6, 1e-2]).passed
 
 
 def test_equal_means_every_bit() -> None:
@@ -75,7 +112,7 @@ def test_neighbours_on_an_axis_are_a_group_of_their_own() -> None:
     assert [group_ranks(mesh, "dp_shard", rank, 2) for rank in (0, 3, 5, 6)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     pairs = [{("all_gather", group_ranks(mesh, "dp_shard", rank, 2), 64): 1} for rank in range(8)]
     predicted = [call("all_gather", "dp_shard", 64, 1)]
-    assert verdicts(compare_collectives("run", mesh, predicted, findings(*pairs))) == {
+    assert verdicts(compare_collectives("run", Processes(mesh), [predicted] * 8, findings(*pairs))) == {
         "all_gather over dp_shard, 2 of it": True
     }
 
@@ -102,7 +139,7 @@ def verdicts(checks: list[Check]) -> dict[str, bool]:
 
 
 def test_axes_over_the_same_processes_share_their_calls() -> None:
-    checks = compare_collectives("run", FSDP, PREDICTED, findings(COUNTED, COUNTED))
+    checks = compare_collectives("run", Processes(FSDP), [PREDICTED] * 2, findings(COUNTED, COUNTED))
     assert verdicts(checks) == {
         "all_gather over dp_shard": True,
         "all_reduce over dp_shard": True,
@@ -125,7 +162,7 @@ def test_axes_over_the_same_processes_share_their_calls() -> None:
     ],
 )
 def test_a_call_more_or_less_on_one_process_fails(change: dict[Any, int], failed: set[str]) -> None:
-    checks = compare_collectives("run", FSDP, PREDICTED, findings(COUNTED, COUNTED | change))
+    checks = compare_collectives("run", Processes(FSDP), [PREDICTED] * 2, findings(COUNTED, COUNTED | change))
     assert {name for name, passed in verdicts(checks).items() if not passed} == failed
 
 
@@ -133,8 +170,8 @@ def test_a_call_over_the_wrong_group_is_not_the_predicted_one() -> None:
     right = [{("reduce_scatter", group_ranks(HSDP, "dp_shard", rank), 64): 1} for rank in range(4)]
     wrong = [{("reduce_scatter", group_ranks(HSDP, "dp_replicate", rank), 64): 1} for rank in range(4)]
     predicted = [call("reduce_scatter", "dp_shard", 64, 1)]
-    assert all(verdicts(compare_collectives("run", HSDP, predicted, findings(*right))).values())
-    checks = compare_collectives("run", HSDP, predicted, findings(*wrong))
+    assert all(verdicts(compare_collectives("run", Processes(HSDP), [predicted] * 4, findings(*right))).values())
+    checks = compare_collectives("run", Processes(HSDP), [predicted] * 4, findings(*wrong))
     assert verdicts(checks) == {
         "reduce_scatter over dp_shard": False,
         "reduce_scatter in group [0, 2]": False,
@@ -143,17 +180,17 @@ def test_a_call_over_the_wrong_group_is_not_the_predicted_one() -> None:
 
 
 def test_calls_that_went_past_the_counter_fail() -> None:
-    checks = compare_collectives("run", FSDP, PREDICTED, findings(COUNTED, COUNTED, unseen=2))
+    checks = compare_collectives("run", Processes(FSDP), [PREDICTED] * 2, findings(COUNTED, COUNTED, unseen=2))
     assert verdicts(checks)["collectives of another kind"] is False
 
 
 def test_bytes_are_compared_on_every_process() -> None:
     expected = [{"parameters": 8, "gradients": 8}, {"parameters": 8, "gradients": 4}]
     found = [{"parameters": 8, "gradients": 8}, {"parameters": 8, "gradients": 8}]
-    checks = compare_at_rest("run", expected, found)
+    checks = compare_at_rest("run", Processes(FSDP), expected, found)
     assert [(check.expected, check.found, check.passed) for check in checks] == [
         ("8", "8", True),
-        ("8, 4", "8", False),
+        ("8, 4", "8, wrong on process 1", False),
     ]
 
 

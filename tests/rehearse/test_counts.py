@@ -21,7 +21,7 @@ from shardwright.planner.at_rest import State
 from shardwright.planner.groups import Groups
 from shardwright.planner.space import point_of
 from shardwright.rehearse.compare import Outcome
-from shardwright.rehearse.compare_layout import compare_at_rest, compare_collectives
+from shardwright.rehearse.compare_layout import Processes, compare_at_rest, compare_collectives
 from shardwright.rehearse.launch import Failure, Launch, run
 from shardwright.schemas.plan import Collective, Decision, Plan
 from shardwright.schemas.profile import ModelProfile
@@ -148,7 +148,7 @@ def amsp(degrees: tuple[int, int, int], precision: str, *job: str, second: int |
     names = ("states.parameters", "states.gradients", "states.optimizer_states", "states.secondary")
     states = dict(zip(names, (*degrees, second or "none"), strict=True))
     strategy = {"checkpointing": "none", "reshard_after_forward": "true", **states, **pins}
-    return Layout(overrides=(*_pins(engine="amsp", precision=precision, micro_batch=1, **strategy), *job))
+    return Layout(overrides=(*_pins(engine="amsp", pp=1, precision=precision, micro_batch=1, **strategy), *job))
 
 
 def _pins(**strategy: Any) -> list[str]:
@@ -210,8 +210,9 @@ class Counted:
 
     def wrong(self, collectives: Sequence[Collective]) -> list[str]:
         """Where the bytes at rest are not the predicted ones, or the calls not `collectives`."""
-        at_rest = compare_at_rest("", self.at_rest, [rank["at_rest"] for rank in self.findings])
-        calls = compare_collectives("", self.plan.decision.mesh, collectives, self.findings)
+        who = Processes(self.plan.decision.mesh)
+        at_rest = compare_at_rest("", who, self.at_rest, [rank["at_rest"] for rank in self.findings])
+        calls = compare_collectives("", who, [collectives] * WORLD, self.findings)
         return [
             f"{check.name}: {check.expected}; found {check.found}" for check in (*at_rest, *calls) if not check.passed
         ]
