@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
+# Two at a time, each file in one process: what a file launches once, all its tests look at.
+WORKERS ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-fast lint format golden clean
 
@@ -9,10 +11,10 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -p no:cacheprovider
+	$(BIN)/python -m pytest -p no:cacheprovider $(WORKERS)
 
 test-fast: lint
-	$(BIN)/python -m pytest -p no:cacheprovider -m "not slow and not processes"
+	$(BIN)/python -m pytest -p no:cacheprovider $(WORKERS) -m "not slow and not processes"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
