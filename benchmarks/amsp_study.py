@@ -20,11 +20,12 @@ from amsp_plot import Mark, Panel, Series, draw
 
 from shardwright.passes import profile_model
 from shardwright.planner.amsp import Operation, Shards, Spread, communication_seconds, points, state_bytes
+from shardwright.planner.candidates import Candidate, timed
 from shardwright.planner.constants import device_constants
 from shardwright.planner.names import plan_name
 from shardwright.planner.network import CollectiveKind, Links, collective_seconds
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import Candidate, Search, timed
+from shardwright.planner.search import Search
 from shardwright.planner.space import block_count
 from shardwright.schemas import load_job
 from shardwright.schemas.cluster import ClusterSpec

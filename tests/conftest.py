@@ -14,3 +14,9 @@ def _no_kept_profiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARDWRIGHT_CACHE", "off")
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that none is left alone at the end where several run at a time."""
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in long)

@@ -56,6 +56,13 @@ def _pipeline(pipe: Pipe) -> Iterator[Assumption]:
             origin="default",
             source="what the runtime's deferred.py queues, counted in the profile",
         )
+    if pipe.late_step:
+        yield Assumption(
+            name="late step",
+            value="few gradients are clipped, and forward changes no buffers",
+            origin="job",
+            source="a clipped step, and the forwards begun behind it, are done twice; so would be what they change",
+        )
     yield Assumption(
         name="messages between stages",
         value="beside compute, without slowing it down; each over one link of the slowest level",

@@ -24,6 +24,7 @@ REASONED: dict[str, Callable[[Point], object]] = {
     "pipeline.ranks": lambda point: 1 if point.pipe is None else point.pipe.ranks,
     "pipeline.schedule": lambda point: None if point.pipe is None else (point.pipe.schedule, point.pipe.chunks),
     "pipeline.cuts": lambda point: None if point.pipe is None else point.pipe.cuts,
+    "pipeline.late_step": lambda point: (point.pipe is not None and point.pipe.late_step) or None,
     "mesh": lambda point: point.axes or point.shard,
     "states.parameters": lambda point: point.shard,
     "states.gradients": lambda point: (point.gradients_wait, point.gradient_degree == point.optimizer_degree),

@@ -77,7 +77,8 @@ def _layout(point: Point) -> str:
 def _pipeline(point: Point, pipe: Pipe) -> str:
     """`PP 4 (zb-v, 2 chunks) x AMSP 1/1/16 of 16 (ZeRO-1)`: devices of a pipeline, then the states among its copies."""
     chunks = f", {pipe.chunks} chunks" if pipe.chunks > 1 else ""
-    name = f"PP {pipe.ranks} ({pipe.schedule}{chunks})"
+    late = ", late step" if pipe.late_step else ""
+    name = f"PP {pipe.ranks} ({pipe.schedule}{chunks}{late})"
     return f"{name} x {_flat(point)}" if point.copies > 1 else name
 
 

@@ -10,14 +10,14 @@ from shardwright.planner.edited import checked_point
 from shardwright.planner.explain import Explainer
 from shardwright.planner.infeasible import infeasible
 from shardwright.planner.names import plan_name
-from shardwright.planner.pipelines.space import numbers_of_ranks, pipelines, refused_cuts
+from shardwright.planner.pipelines.refused import no_pipeline
+from shardwright.planner.pipelines.space import pipelines
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
 from shardwright.planner.recipe import check_recipe
 from shardwright.planner.relax import pins, without
 from shardwright.planner.search import Search
 from shardwright.planner.space import Point, block_count, configurations, decide, unshardable
-from shardwright.schemas.checks import permits_no_pipeline
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Infeasible, ModelFacts, Plan
@@ -110,14 +110,6 @@ def _check_blocks(job: JobSpec, profile: ModelProfile) -> None:
         raise InputError(Diagnostic(key="strategy.checkpointing", message=message, suggestion=suggestion))
 
 
-def _uncut(job: JobSpec, profile: ModelProfile) -> str:
-    """Why a job that asks for pipeline stages gets none of any number: the model cannot be cut."""
-    free = without(job, *pins(job))
-    if permits_no_pipeline(job) or numbers_of_ranks(free, profile) or job.cluster.world_size == 1:
-        return ""
-    return refused_cuts(profile) or "the model has no repeated blocks to cut it at"
-
-
 def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
     """Which restriction excludes every point: those that alone do, else all together."""
 
@@ -136,7 +128,7 @@ def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
             Diagnostic(key="model", message=f"no engine can train the model here: {refused or 'no precision fits'}")
         ]
     alone = [key for key in pinned if permits_something(without(job, key))] or pinned
-    refused = refused or _uncut(job, profile)
+    refused = refused or no_pipeline(job, profile)
     why = f" ({refused})" if refused else ""
     stay = "as it is" if len(pinned) == 1 else "as they are"
     message = f"with {' and '.join(pinned)} {stay}, no engine can run the job{why}"

@@ -90,6 +90,17 @@ def _cuts(predictor: Predictor, chosen: Candidate) -> str:
     )
 
 
+def _late_step(predictor: Predictor, chosen: Candidate) -> str:
+    pipelines, point = predictor.pipelines, chosen.point
+    kept = human_bytes(max(pipelines.memory.kept(point)))
+    period, makespan = pipelines.time.period(point), pipelines.time.schedule(point).simulation.makespan
+    return (
+        f"No device waits for the last one to end the step: {human_seconds(period)} from one step to the next instead "
+        f"of {human_seconds(makespan)}. It keeps {kept} to step again where gradients turn out to be clipped, which "
+        "takes longer than waiting"
+    )
+
+
 def _mesh(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
     if point.world == 1:
@@ -194,6 +205,7 @@ _BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
     "pipeline.ranks": _ranks,
     "pipeline.schedule": _schedule,
     "pipeline.cuts": _cuts,
+    "pipeline.late_step": _late_step,
     "mesh": _mesh,
     "states.parameters": _states,
     "states.gradients": _gradients,
@@ -210,6 +222,7 @@ _BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
 _VALUES: dict[str, Callable[..., str]] = {
     "pipeline.ranks": lambda ranks: str(ranks) if ranks > 1 else "no pipeline",
     "pipeline.cuts": lambda cuts: f"after blocks {', '.join(map(str, cuts))}",
+    "pipeline.late_step": lambda late: str(late).lower(),
     "mesh": lambda mesh: " x ".join(f"{axis.name} {axis.size}" for axis in mesh.axes) or "one device",
     "states.parameters": lambda state: str(state.degree),
     "states.gradients": lambda state: str(state.degree),

@@ -47,6 +47,8 @@ class Pipe:
     """Of each stage, its first blocks, whose forward is recomputed."""
     activation_limits: tuple[int, ...] = ()
     """Of each rank, in bytes, for schedules that are searched."""
+    late_step: bool = False
+    """Whether steps are late ([Note: late steps] in the runtime's late.py)."""
 
     @property
     def layout(self) -> StageLayout:
@@ -280,6 +282,7 @@ def point_of(decision: Decision) -> Point:
             cuts=pipeline.cuts,
             checkpointed=pipeline.checkpointed,
             activation_limits=pipeline.activation_limits,
+            late_step=pipeline.late_step,
         )
         names = [name for name in names if name != PIPELINE_AXIS]
     return Point(

@@ -51,7 +51,8 @@ def shrink_pipeline(plan: Plan, ranks: int) -> SmallPipeline | None:
     full = point_of(plan.decision).pipe
     if full is None:
         return None
-    small = replace(full, ranks=ranks, cuts=(), checkpointed=(), activation_limits=())
+    # What is observed of a step that is done again would be observed twice, so all wait for the norm.
+    small = replace(full, ranks=ranks, cuts=(), checkpointed=(), activation_limits=(), late_step=False)
     stands_for = [round(rank * (full.ranks - 1) / max(ranks - 1, 1)) for rank in range(ranks)]
     places = [small.layout.place(stage) for stage in range(small.layout.stages)]
     stages = [full.layout.stage(stands_for[rank], chunk) for rank, chunk in places]
@@ -176,12 +177,17 @@ def pipeline_changes(before: Decision, after: Decision) -> tuple[Change, ...]:
     """How the shrunk pipeline was cut."""
     if before.pipeline.schedule == "none":
         return ()
-    pairs = {name: (getattr(before.pipeline, name), getattr(after.pipeline, name)) for name in _CUT}
+    pairs = {name: (_listed(getattr(before.pipeline, name)), _listed(getattr(after.pipeline, name))) for name in _CUT}
+    pairs["late_step"] = (_yes(before.pipeline.late_step), _yes(after.pipeline.late_step))
     return tuple(
-        Change(key=f"decision.pipeline.{name}", before=_listed(old), after=_listed(new))
+        Change(key=f"decision.pipeline.{name}", before=old, after=new)
         for name, (old, new) in pairs.items()
         if old != new
     )
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 _CUT = ("cuts", "checkpointed", "activation_limits")

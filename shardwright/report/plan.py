@@ -90,7 +90,8 @@ def _engine(decision: Decision) -> str:
 def _pipeline(pipeline: Pipeline) -> str:
     each = f", {plural(pipeline.chunks, 'stage')} each" if pipeline.chunks > 1 else ""
     stages = plural(len(pipeline.cuts) + 1, "stage")
-    return f"{stages} on {plural(pipeline.ranks, 'rank')}{each}, schedule {pipeline.schedule}"
+    late = ", late step" if pipeline.late_step else ""
+    return f"{stages} on {plural(pipeline.ranks, 'rank')}{each}, schedule {pipeline.schedule}{late}"
 
 
 def _axis(name: str, size: int, levels: tuple[str, ...]) -> str:

@@ -148,11 +148,11 @@ def _pipeline_sizes(job: JobSpec) -> list[int]:
 
 
 def permits_no_pipeline(job: JobSpec) -> bool:
-    """Whether the job may run without pipeline stages: naming a schedule or chunks asks for some, unless `pp` says
-    otherwise."""
+    """Whether the job may run without pipeline stages: naming a schedule or chunks, or asking for late steps, asks for
+    some, unless `pp` says otherwise."""
     strategy = job.strategy
     if strategy.pp == "auto":
-        return strategy.schedule == "auto" and strategy.chunks == "auto"
+        return strategy.schedule == "auto" and strategy.chunks == "auto" and permits(strategy.late_step, False)
     return 1 in strategy.pp
 
 
@@ -193,6 +193,9 @@ def _pipeline(job: JobSpec) -> Iterator[Diagnostic]:
                 yield Diagnostic(
                     key=f"strategy.{name}", message=message, suggestion="leave it out, or leave out `pp: 1`"
                 )
+        if not permits(strategy.late_step, False):
+            message = "without pipeline stages no step is late"
+            yield Diagnostic(key="strategy.late_step", message=message, suggestion="write false, or leave out `pp: 1`")
 
 
 def _sequences(count: int, length: int) -> str:

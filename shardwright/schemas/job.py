@@ -353,6 +353,10 @@ class StrategySpec(Spec):
     """The order in which a pipeline's stages run their micro-batches."""
     chunks: Choice[Annotated[int, Field(gt=0)]] = "auto"
     """Stages that each device of a pipeline has."""
+    late_step: Choice[bool] = "auto"
+    """Whether the optimizer of a pipeline steps before the norm of the whole gradient is known, and steps again where
+    it turns out to be above `clip_grad_norm`, so that no rank waits for the last one between two steps. `auto` is
+    false: how often gradients will be clipped is not known beforehand."""
     states: StatesSpec = StatesSpec()
     reshard_after_forward: Choice[bool] = "auto"
     """Whether gathered parameters are freed after a block's forward and gathered again for its backward."""

@@ -111,6 +111,9 @@ class Pipeline(Spec):
     activation_limits: tuple[int, ...] = ()
     """Of every rank, the bytes of activations that the schedule was searched under; empty for schedules that are not
     searched."""
+    late_step: bool = False
+    """Whether the optimizer steps before the norm of the whole gradient is known, and again where it has to be clipped
+    (arXiv 2401.10241, section 4)."""
 
 
 class Offload(Spec):

@@ -93,6 +93,7 @@ JOBS: dict[str, dict[str, Any]] = {
             "pp": "auto",
             "schedule": ["1f1b"],
             "chunks": "auto",
+            "late_step": "auto",
             "int8_gathers": "none",
             "int4_reductions": ["none"],
             "reshard_after_forward": "auto",

@@ -43,6 +43,10 @@ GROUPED = {
 }
 SGD = {"optimizer": {"name": "sgd", "lr": 0.1, "clip_grad_norm": 0.05}}
 TIED = {"tied": True}
+SOMETIMES = {"optimizer": CLIPPED | {"clip_grad_norm": 0.195}}
+"""Clips the first and the last gradient, and not those between."""
+GROUPED_SOMETIMES = {"optimizer": GROUPED["optimizer"] | {"clip_grad_norm": 0.89}, "ema": 0.7}
+"""Clips the first two."""
 
 
 def job(train: dict[str, Any] | None = None, **model: Any) -> dict[str, Any]:
@@ -77,6 +81,7 @@ def piped(
     keys: dict[str, Any] | None = None,
     argv: tuple[str, ...] = (),
     out: str = "",
+    late: bool = False,
     **plan: Any,
 ) -> Case:
     """A pipeline of `ranks`; with `degrees` of parameters, gradients and optimizer states two copies of it."""
@@ -103,6 +108,7 @@ def piped(
             micro_batches=micro_batches,
             cuts=cuts,
             checkpointed=checkpointed,
+            late_step=late,
         ),
         argv,
         out,
@@ -126,6 +132,9 @@ FP32 = {
             blocks=tuple(f"blocks.{i}" for i in range(4)),
         ),
         piped("one micro-batch", "gpipe", micro_batches=1),
+        piped("late", "zb-h2", late=True, train=SOMETIMES),
+        piped("late V, tied", "zb-v", late=True, chunks=2, model=TIED, train=GROUPED_SOMETIMES),
+        piped("late, not clipped", "1f1b", late=True, train={"optimizer": CLIPPED | {"clip_grad_norm": None}}),
     ],
     4: [
         piped("1 1 2", "zb-h1", degrees=(1, 1, 2), model=TIED),
@@ -133,6 +142,8 @@ FP32 = {
         piped("2 2 2", "zb-h1", degrees=(2, 2, 2), micro_batches=6, model=TIED, train=GROUPED),
         piped("2 2 2, V", "zb-v", chunks=2, degrees=(2, 2, 2), micro_batches=6, model=TIED, checkpointed=(1, 0, 1, 0)),
         piped("four stages", "zb-h1", ranks=4, micro_batches=6, cuts=(1, 2, 3)),
+        piped("late 1 1 2", "zb-h2", late=True, degrees=(1, 1, 2), train=SOMETIMES),
+        piped("late 2 2 2, tied", "zb-h1", late=True, degrees=(2, 2, 2), model=TIED, train=GROUPED_SOMETIMES),
     ],
 }
 """Compared with the plain loop."""
@@ -200,6 +211,7 @@ PAIRS = {
     "evaluates": [
         piped("evaluates 2", "zb-h1", keys=EVALUATED | {"model": {}}),
         piped("evaluates 2 2 2", "1f1b", degrees=(2, 2, 2), keys=EVALUATED | {"model": {}}),
+        piped("evaluates 2, late", "zb-h1", late=True, keys=EVALUATED | {"model": {}}),
     ],
     "loads": [
         piped("loads 2", "1f1b", init="modules", keys=LOADED, argv=NOTHING),
@@ -244,6 +256,17 @@ HALVES = [
     Case("first half", UNDIVIDED.plan, out="halves", signal=(signal.SIGTERM, 1, 3)),
     Case("second half", UNDIVIDED.plan, ("--resume",), out="halves"),
 ]
+LATE = piped(
+    "undivided, late",
+    "zb-h1",
+    late=True,
+    keys=DROPPING | {"train": DROPPING["train"] | {"save_every": 2}},
+    checkpointed=(1, 1),
+)
+LATE_HALVES = [
+    Case("first half, late", LATE.plan, out="late halves", signal=(signal.SIGTERM, 1, 2)),
+    Case("second half, late", LATE.plan, ("--resume",), out="late halves"),
+]
 
 
 def of_world(world: int, cases: list[Case]) -> list[Case]:
@@ -253,7 +276,7 @@ def of_world(world: int, cases: list[Case]) -> list[Case]:
 OTHERS = [case for cases in PAIRS.values() for case in cases]
 LAUNCHES: list[tuple[int, list[Case]]] = [
     (1, [*FIRST.values()]),
-    (2, [*FP32[2], *of_world(2, OTHERS), UNDIVIDED, *HALVES, MOVES[0]]),
+    (2, [*FP32[2], *of_world(2, OTHERS), UNDIVIDED, *HALVES, LATE, *LATE_HALVES, MOVES[0]]),
     (1, [MOVES[1]]),
     (4, [*FP32[4], *of_world(4, OTHERS), *MOVES[2:4]]),
     (2, [MOVES[4]]),
@@ -415,6 +438,45 @@ def test_a_run_goes_on_with_and_without_a_pipeline(runs: Path) -> None:
 def test_a_run_that_was_told_to_stop_goes_on_with_the_same_dropout(runs: Path) -> None:
     halves, whole = out_of(runs, HALVES[1]), out_of(runs, UNDIVIDED)
     assert column(halves, "loss") == column(whole, "loss")
-    found, expected = read_checkpoint(halves), read_checkpoint(whole)
+    assert_same_checkpoints(halves, whole)
+
+
+def assert_same_checkpoints(one: Path, other: Path) -> None:
+    found, expected = read_checkpoint(one), read_checkpoint(other)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+MEASURED = ("tokens_per_s", "step_time_s", "peak_memory_bytes")
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """Every line of the log, without what is measured."""
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in read_metrics(out)]
+
+
+@pytest.mark.parametrize(
+    ("late", "waiting"),
+    [(LATE, UNDIVIDED), (LATE_HALVES[1], UNDIVIDED), (PAIRS["evaluates"][2], PAIRS["evaluates"][0])],
+    ids=lambda case: case.name,
+)
+def test_late_steps_train_and_log_the_same_to_the_bit(runs: Path, late: Case, waiting: Case) -> None:
+    one, other = out_of(runs, late), out_of(runs, waiting)
+    assert [list(line) for line in read_metrics(one)] == [list(line) for line in read_metrics(other)]
+    assert logged(one) == logged(other)
+    assert_same_checkpoints(one, other)
+
+
+@pytest.mark.parametrize(
+    ("case", "clipped"),
+    [
+        (case, [True, False, False, True] if "tied" not in case.name else [True, True, False, False])
+        for cases in FP32.values()
+        for case in cases
+        if case.name.startswith("late") and case.plan.job.train.optimizer.clip_grad_norm is not None
+    ],
+    ids=lambda each: getattr(each, "name", ""),
+)
+def test_some_late_steps_are_done_again(runs: Path, case: Case, clipped: list[bool]) -> None:
+    limit = case.plan.job.train.optimizer.clip_grad_norm
+    assert [norm > limit for norm in column(out_of(runs, case), "grad_norm")] == clipped

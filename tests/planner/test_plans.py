@@ -87,7 +87,7 @@ def test_one_block_fewer_would_not_fit(plan: Plan) -> None:
 
 def test_every_key_of_the_decision_has_a_reason(plan: Plan) -> None:
     reasons = {reason.key: reason for reason in plan.reasons}
-    missing = {"communication", "pipeline.ranks", "pipeline.schedule", "pipeline.cuts"}
+    missing = {"communication", "pipeline.ranks", "pipeline.schedule", "pipeline.cuts", "pipeline.late_step"}
     assert set(reasons) == set(REASONED) - missing  # lossy communication, and pipelines of a model that can be cut
     assert reasons["engine.reshard_after_forward"].value == "true"
     assert reasons["mesh"].value == "dp_shard 8"

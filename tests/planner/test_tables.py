@@ -96,14 +96,14 @@ def test_needed_dtypes_follow_strategy_quality_and_device() -> None:
     assert needed_dtypes(job(old)) == ("fp32",)
 
 
-@pytest.mark.parametrize("strategy", [{"engine": "fsdp2"}, {"pp": 2}], ids=["without stages", "with stages"])
+@pytest.mark.parametrize("strategy", [{"engine": "fsdp2"}, {"pp": 2}, {"pp": 2, "late_step": True}], ids=str)
 def test_every_reasoned_key_has_words(strategy: dict[str, Any]) -> None:
     spec = job(cpu_cluster(2), batch=8, sequence=16, strategy=strategy)
     predictor = Predictor(spec, cuttable(toy()))
     candidate = Search(predictor).chosen()
     assert candidate is not None
     decision = decide(candidate.point, spec.cluster, block_count(predictor.profile))
-    of_stages = {"pipeline.schedule", "pipeline.cuts"} if candidate.point.pipe is None else set()
+    of_stages = {"pipeline.schedule", "pipeline.cuts", "pipeline.late_step"} if candidate.point.pipe is None else set()
     for key in REASONED.keys() - of_stages:
         assert buys(key, predictor, candidate)
         assert shown(decision, key)

@@ -207,4 +207,4 @@ list(run([Launch(folder={waiting.folder!r}, processes=2, steps=3)], (), Path({st
 
 def test_a_script_that_stops_early_is_a_failure(tmp_path: Path) -> None:
     (outcome,) = run([launch(tmp_path / "a", HEAD + "print('nothing to do')", 1)], (), tmp_path)
-    assert outcome == Failure("process 0 of 1 ended before step 3", ("nothing to do",))
+    assert outcome == Failure("process 0 of 1 ended before step 3", ("nothing to do",), process=0)

@@ -230,6 +230,21 @@ def golden_plans() -> dict[str, Plan]:
             ),
             ranks=2,
         ),
+        "pipeline-late": pipeline_plan(
+            make_plan(
+                world=4,
+                engine="amsp",
+                kind="cuda",
+                axes=(2,),
+                optimizer=2,
+                data={"validation": {"files": ["held-out.txt"]}},
+                train=train(ema=0.999, save_every="1h", evaluate_every="30min"),
+            ),
+            ranks=2,
+            copies=2,
+            family="zb-h2",
+            late_step=True,
+        ),
         "pipeline-loaded": pipeline_plan(
             make_plan(
                 world=4,

@@ -51,6 +51,7 @@ def pipeline_plan(
     embedding: float = 0.0,
     head: float = 0.0,
     limits: Sequence[int] | None = None,
+    late_step: bool = False,
 ) -> Plan:
     """The plan with a pipeline of `ranks` times `copies` devices, which its cluster must have.
 
@@ -82,6 +83,7 @@ def pipeline_plan(
         cuts=cut,
         checkpointed=again,
         activation_limits=tuple(limits or ()),
+        late_step=late_step,
     )
     simulation = simulate(timetable, layout, costs)
     bound = lower_bound(layout, costs, micro_batches, limits)

@@ -31,7 +31,7 @@ from shardwright.planner.schedules.text import program_to_text
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.plan import Plan, json_fields
 
-_PARTS = ("parse_args", "build", "optimizer", "lr_schedule", "summed_loss", "evaluate", "train", "main")
+_PARTS = ("parse_args", "build", "optimizer", "lr_schedule", "summed_loss", "evaluate", "log_step", "train", "main")
 
 
 def emit(plan: Plan, job_folder: Path, out: Path) -> Emission:
@@ -99,11 +99,12 @@ def _script(
     engine = "pipeline" if context["pipelined"] else plan.decision.engine.name
     templates = {
         "build": f"engines/{engine}/build.py.j2",
-        "train": f"engines/{engine}/train.py.j2",
+        "train": f"engines/{engine}/{'train_late' if context['late'] else 'train'}.py.j2",
         "optimizer": f"optimizers/{plan.job.train.optimizer.name}.py.j2",
         "lr_schedule": f"lr_schedules/{plan.job.train.schedule.name}.py.j2",
     }
-    parts = [name for name in _PARTS if name != "evaluate" or context["evaluates"]]
+    absent = [name for name, key in (("evaluate", "evaluates"), ("log_step", "late")) if not context[key]]
+    parts = [name for name in _PARTS if name not in absent]
     constants = _render(environment, "parts/constants.py.j2", context)
     functions = [_render(environment, templates.get(name, f"parts/{name}.py.j2"), context) for name in parts]
     body = "\n\n\n".join([constants, *functions])

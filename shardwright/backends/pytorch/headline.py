@@ -82,7 +82,7 @@ def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
     pipeline = decision.pipeline
     copies = mesh.world_size // pipeline.ranks
     batch = f"{global_batch} = {copies} x {decision.micro_batch} x {decision.accumulation} micro-batches"
-    stages = f"{pipeline.schedule}, {len(pipeline.cuts) + 1} stages"
+    stages = f"{pipeline.schedule}, {len(pipeline.cuts) + 1} stages{', late step' * pipeline.late_step}"
     whole = "every process holds all states" if pipeline.schedule == "none" else "whole on every process of a stage"
     return [
         ("engine", f"{decision.engine.name}{kept}"),

@@ -28,6 +28,7 @@ KNOWN: Mapping[str, Import] = MappingProxyType(
         "math": Import(0, "math"),
         "time": Import(0, "time"),
         "Sequence": Import(0, "collections.abc", "Sequence"),
+        "ExitStack": Import(0, "contextlib", "ExitStack"),
         "nullcontext": Import(0, "contextlib", "nullcontext"),
         "Path": Import(0, "pathlib", "Path"),
         "Any": Import(0, "typing", "Any"),
@@ -49,6 +50,7 @@ KNOWN: Mapping[str, Import] = MappingProxyType(
             for module, names in {
                 "average": ("update_average",),
                 "checkpoint": ("Checkpoints", "TrainState"),
+                "late": ("LateStep", "LateSum", "heads"),
                 "pipeline": ("Pipeline",),
                 "program": ("read_program",),
                 "stage_states": ("StageStates",),

@@ -32,10 +32,10 @@ def mistakes(job: JobSpec, profile: ModelProfile, decision: Decision) -> Iterato
 def _left_over(pipeline: Pipeline) -> Iterator[Diagnostic]:
     """Without a schedule nothing of a pipeline may be there."""
     plain = Pipeline()
-    for name in ("ranks", "chunks", "placement", "cuts", "checkpointed", "activation_limits"):
+    for name in ("ranks", "chunks", "placement", "cuts", "checkpointed", "activation_limits", "late_step"):
         value, none = getattr(pipeline, name), getattr(plain, name)
         if value != none:
-            way = f"write {list(none) if isinstance(none, tuple) else none}, or choose a schedule"
+            way = f"write {_shown(none)}, or choose a schedule"
             yield _wrong(name, f"without a schedule there is no pipeline, but `{name}` says {_shown(value)}", way)
 
 
@@ -150,6 +150,8 @@ def _states(decision: Decision) -> Iterator[Diagnostic]:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 

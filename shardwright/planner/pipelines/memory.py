@@ -5,6 +5,7 @@ It is counted as [Note: memory of a rank] in walk.py has it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -76,6 +77,10 @@ class PipelineMemory:
         """As `MemoryModel.reserved`."""
         return round(allocated * (1 + self._fragmentation))
 
+    def kept(self, point: Point) -> tuple[int, ...]:
+        """Of every rank what a late step keeps until the first backward of the next one, gradients included."""
+        return tuple(sum(_kept(self._states(_states_of(point), rank)).values()) for rank in range(pipe_of(point).ranks))
+
     def at_rest(self, point: Point, rank: int, member: int = 0) -> FlatAtRest:
         """The states of one of the processes that have this rank's stages, after the optimizer's step."""
         units = self._costs.owners.flat(pipe_of(point), rank, point.chain, self._job.train.optimizer)
@@ -95,14 +100,15 @@ class PipelineMemory:
         rest = (
             sum(states.fixed.values())
             + gathered
-            + sum(sizes.gradients)
-            + (reduced if point.accumulation > 1 else 0)
-            + written
+            + max(
+                sum(sizes.gradients) + (reduced if point.accumulation > 1 else 0) + written,
+                sum(_kept(states).values()),
+            )
             + needs
             + self._messages_at_most(point, rank)
         )
         allocated = int(self._budget / (1 + self._fragmentation))
-        floor = max(sum(states.initialise), sum(states.fixed.values()) + states.publication)
+        floor = max(sum(states.initialise), sum(states.fixed.values()) + states.kept + states.publication)
         return min(allocated - rest, -1) if floor > allocated else allocated - rest
 
     def prediction(self, point: Point) -> Memory:
@@ -200,16 +206,26 @@ class PipelineMemory:
             self._costs.exact(point),
             self._costs.messages(point),
             self._schedules.programs(point)[rank],
+            _kept(states),
         )
         fixed = states.fixed
         parameters, masters = states.initialise
-        sent = [_phase("publication", fixed | {"communication_buffers": states.publication})]
+        stepping = fixed | {"optimizer_states": fixed["optimizer_states"] + states.kept}
+        sent = [_phase("publication", stepping | {"communication_buffers": states.publication})]
         return (
             _phase("initialise", {"parameters": parameters, "optimizer_states": masters, "buffers": fixed["buffers"]}),
-            *(_phase(_NAMES[kind], fixed | held, recomputes) for kind, (_, held, recomputes) in walk.run().items()),
-            _phase("optimizer step", fixed | {"gradients": states.at_rest.gradients}),
+            *(
+                _phase(_NAMES[kind], Counter(fixed) + Counter(held), recomputes)
+                for kind, (_, held, recomputes) in walk.run().items()
+            ),
+            _phase("optimizer step", stepping | {"gradients": states.at_rest.gradients}),
             *(sent if states.publication else ()),
         )
+
+
+def _kept(states: RankStates) -> dict[str, int]:
+    """What a late step keeps until the first backward of the next one; nothing where no step is done again."""
+    return {"optimizer_states": states.kept, "gradients": states.at_rest.gradients} if states.kept else {}
 
 
 def _states_of(point: Point) -> Point:

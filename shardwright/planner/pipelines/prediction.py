@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from shardwright.planner.collectives import metrics_calls
+from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES, metrics_calls
 from shardwright.planner.flat import Send, copy_sends, gather_sends, reduce_sends
 from shardwright.planner.groups import Groups
 from shardwright.planner.pipelines.costs import PipelineCosts, pipe_of
@@ -19,6 +19,11 @@ from shardwright.planner.space import PIPELINE_AXIS, Point, axis_name
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Collective, PipelinePrediction, StageTime
 from shardwright.schemas.profile import ModelProfile
+
+COUNT_BYTES = 8
+"""float64: learnt targets of the global batch."""
+REQUESTS_BYTES = COUNTS_BYTES - COUNT_BYTES
+"""float64: stop requested, save requested."""
 
 
 class Pipelines:
@@ -65,8 +70,8 @@ class Pipelines:
         for call in (
             *self._states(point, rank),
             *self._messages(point, rank),
-            *self._norm(point),
-            *metrics_calls(point),
+            *(self._late(point) if pipe_of(point).late_step else self._norm(point)),
+            *(() if pipe_of(point).late_step else metrics_calls(point)),
         ):
             if call.bytes and call.group_size > 1:
                 calls[call.model_copy(update={"count": 1})] += call.count
@@ -113,6 +118,18 @@ class Pipelines:
         for axis in range(layout.optimizer_states):
             yield _call("all_reduce", axis_name(axis), layout.sizes[axis], MASTER_BYTES, 1, "grad_norm")
         yield _call("all_reduce", PIPELINE_AXIS, pipe_of(point).ranks, MASTER_BYTES, 1, "grad_norm")
+
+    def _late(self, point: Point) -> Iterator[Collective]:
+        """The norm and the metrics where nobody waits for them: what every process needs at once is summed among those
+        with the same stages, all else over the world."""
+        layout = point.chain
+        for axis, size in enumerate(layout.sizes):
+            yield _call("all_reduce", axis_name(axis), size, COUNT_BYTES, 1, "metrics")
+        for axis in range(layout.optimizer_states):
+            yield _call("all_reduce", axis_name(axis), layout.sizes[axis], MASTER_BYTES, 1, "grad_norm")
+        yield _call("all_reduce", "world", point.world, MASTER_BYTES, 1, "grad_norm")
+        for size in (REQUESTS_BYTES, LOSS_BYTES):
+            yield _call("all_reduce", "world", point.world, size, 1, "metrics")
 
 
 def _call(kind: str, axis: str, group_size: int, size: int, count: int, purpose: str) -> Collective:

@@ -184,7 +184,7 @@ class PipelineSearch:
         except InputError:
             return inf
         work = max(rank_work(made.costs, made.layout, point.accumulation))
-        return entry.bounds[-1] + max(0.0, made.simulation.makespan - work)
+        return entry.bounds[-1] + max(0.0, self._predictor.pipelines.time.period(point) - work)
 
     def _predict(self, entry: _Entry) -> float:
         """The last step."""

@@ -78,6 +78,12 @@ def job_schedules(job: JobSpec) -> tuple[ScheduleName, ...]:
     return () if job.strategy.schedule == "auto" else job.strategy.schedule
 
 
+def late_steps(job: JobSpec) -> tuple[bool, ...]:
+    """Whether steps are late; only where the job says so, for clipped gradients make them slow."""
+    choice = job.strategy.late_step
+    return (False,) if choice == "auto" else tuple(sorted(set(choice)))
+
+
 def schedules(job: JobSpec) -> tuple[Family, ...]:
     """Families that a plan of the job may have."""
     named = job_schedules(job)
@@ -124,14 +130,16 @@ def pipelines(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
                 schedule=family.name,  # type: ignore[arg-type]
                 cuts=(),
                 checkpointed=(),
+                late_step=late,
             )
             for family in schedules(job)
             for chunks in chunk_numbers(job, family)
             if ranks * chunks <= most
+            for late in late_steps(job)
         ]
         of_copies = cache(lambda accumulation, copies=copies: tuple(_layouts(job, copies, accumulation)))
         for precision in precisions:
-            for micro_batch in _micro_batches(job, copies):
+            for micro_batch in micro_batches(job, copies):
                 accumulation = batch // (copies * micro_batch)
                 for pipe in pipes:
                     too_long = pipe.layout.stages * accumulation > MOST_PASSES and job.strategy.pp == "auto"
@@ -155,7 +163,7 @@ def pipelines(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
                             )
 
 
-def _micro_batches(job: JobSpec, copies: int) -> tuple[int, ...]:
+def micro_batches(job: JobSpec, copies: int) -> tuple[int, ...]:
     """Sizes that divide what one copy trains on in a step, smallest first."""
     share, rest = divmod(job.train.global_batch_sequences, copies)
     return () if rest else tuple(size for size in divisors(share) if permits(job.strategy.micro_batch, size))

@@ -33,6 +33,9 @@ class RankStates:
     """Parameters, and master values, at the worst moment of starting up."""
     publication: int
     """New values on their way, with gradients that are still there."""
+    kept: int
+    """Copies of the optimizer's values and states that a late step starts from again, beside its gradients; 0 where
+    nothing is kept (`kept_bytes` of the runtime's late.py)."""
 
 
 def rank_states(point: Point, rank: int, job: JobSpec, owners: Owners, groups: Groups) -> RankStates:
@@ -54,7 +57,12 @@ def rank_states(point: Point, rank: int, job: JobSpec, owners: Owners, groups: G
         },
         initialise=_initialise(point, job, groups, blocks, buckets[len(blocks) :]),
         publication=FlatPublishing(layout, sizes.trained, element).worst,
+        kept=_kept(job.train, held) if pipe.late_step and job.train.optimizer.clip_grad_norm is not None else 0,
     )
+
+
+def _kept(train: TrainSpec, held: FlatAtRest) -> int:
+    return MASTER_BYTES * held.own + OPTIMIZERS[train.optimizer.name].state_bytes(train, held.own, held.tensors)
 
 
 def optimizer_bytes(train: TrainSpec, held: FlatAtRest) -> int:

@@ -2,6 +2,11 @@
 
 The parts are those of the rank that is longest at work; what it spends neither working nor waiting for collectives is
 the pipeline's bubble, and what the others take longer to end.
+
+[Note: late steps in time]
+Where steps are late, no rank waits for the others to end theirs, and a step takes as long as one iteration ends after
+the one before (`steady_period`), what the busiest rank waits for collectives, and its own update; unless tied gradients
+are summed, for which ranks wait. That is with no gradient clipped: how often they are is not known.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from shardwright.planner.pipelines.schedule import Made, Schedules
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
 from shardwright.planner.schedules.bounds import lower_bound
 from shardwright.planner.schedules.problem import TOLERANCE
-from shardwright.planner.schedules.simulator import rank_work
+from shardwright.planner.schedules.simulator import rank_work, steady_period
 from shardwright.planner.space import Point, axis_links, spanned_levels
 from shardwright.planner.timing import Step
 from shardwright.schemas.job import JobSpec
@@ -40,6 +45,7 @@ class PipelineTime:
         self._flat = FlatTime(job.cluster, groups)
         self._bounds: Callable[[Point], float] = lru_cache(maxsize=100_000)(self._shortest)
         self._steps: Callable[[Point], Step] = lru_cache(maxsize=4096)(self._step)
+        self._periods: Callable[[Point], float] = lru_cache(maxsize=4096)(self._period)
 
     def schedule(self, point: Point) -> Made:
         """Layout, costs, timetable and simulation of a point. Raises InputError where its family has no schedule."""
@@ -53,6 +59,18 @@ class PipelineTime:
         """A lower bound of the step, whatever its schedule: what no schedule of these stages is shorter than, however
         much memory it may take, and what follows the pipeline."""
         return self._bounds(point) + sum(seconds for _, seconds, _ in self._tail(point))
+
+    def period(self, point: Point) -> float:
+        """From one iteration to the next, without collectives and what follows it: the makespan, unless steps are late
+        ([Note: late steps in time])."""
+        return self._periods(point)
+
+    def _period(self, point: Point) -> float:
+        pipe, made = pipe_of(point), self.schedule(point)
+        tied = any(len(unit.ranks) > 1 for rank in range(pipe.ranks) for unit in self._costs.owners.units(pipe, rank))
+        if tied or not pipe.late_step:
+            return made.simulation.makespan
+        return steady_period(made.timetable, made.layout, made.costs)
 
     def _shortest(self, point: Point) -> float:
         layout, costs = pipe_of(point).layout, self._costs.costs(point)
@@ -71,10 +89,13 @@ class PipelineTime:
         )
         ranks = run.run()
         end, mine = max(rank.clock for rank in ranks), ranks[busiest]
+        bubble = end - mine.busy - mine.gather_stall - mine.reduce_stall
+        if pipe.late_step:
+            bubble = min(bubble, self.period(point) - work[busiest])
         waits = [
             ("exposed gathers", mine.gather_stall, "compute waits for parameters"),
             ("exposed reductions", mine.reduce_stall, "compute waits for gradients to be reduced"),
-            ("pipeline bubble", end - mine.busy - mine.gather_stall - mine.reduce_stall, "waits for other stages"),
+            ("pipeline bubble", bubble, "waits for other stages"),
             *self._tail(point),
         ]
         extra = mine.busy - work[busiest]
@@ -125,15 +146,18 @@ class PipelineTime:
     # --- what follows the pipeline ----------------------------------------------------------------------------------
 
     def _tail(self, point: Point) -> list[tuple[str, float, str]]:
-        own = max(self._own(point, rank) for rank in range(pipe_of(point).ranks))
+        pipe = pipe_of(point)
+        own = max(self._own(point, rank) for rank in range(pipe.ranks))
         compute = PRECISIONS[point.precision].compute_bytes
         traffic = OPTIMIZERS[self._job.train.optimizer.name].traffic_bytes(self._job.train)
         traffic += MASTER_BYTES + compute if compute < MASTER_BYTES else 0
+        waits = "read and reduced, not waited for" if pipe.late_step else "read, reduced, and the gradients scaled"
         return [
             ("tied gradients", self._ties(point), "summed over the ranks that have a copy"),
-            ("gradient norm", self._norm(point, own), "read, reduced, and the gradients scaled"),
+            ("gradient norm", self._norm(point, own), waits),
+            ("copies of a late step", self._copies(point, own), "to step again if gradients have to be clipped"),
             ("optimizer", traffic * own / self._rate, "memory traffic of the update"),
-            ("metrics", self._metrics(point), "two small all-reduces"),
+            ("metrics", self._metrics(point), "two small all-reduces" if not pipe.late_step else "learnt targets"),
             ("host overhead", self._constants.step_overhead.value, "batches, logging, synchronisation"),
         ]
 
@@ -163,15 +187,27 @@ class PipelineTime:
         return ((levels[-1][0], ranks),) if levels else ()
 
     def _norm(self, point: Point, own: int) -> float:
-        clips = self._job.train.optimizer.clip_grad_norm is not None
+        late = pipe_of(point).late_step
+        scales = self._job.train.optimizer.clip_grad_norm is not None and not late
         axes = [
             *axis_links(self._job.cluster, point.axes)[: point.chain.optimizer_states],
-            spanned_levels(self._job.cluster, point.copies, pipe_of(point).ranks),
+            *([] if late else [spanned_levels(self._job.cluster, point.copies, pipe_of(point).ranks)]),
         ]
         sums = sum(self._seconds("all_reduce", links, MASTER_BYTES) for links in axes)
-        return MASTER_BYTES * own * (3 if clips else 1) / self._rate + sums
+        return MASTER_BYTES * own * (3 if scales else 1) / self._rate + sums
+
+    def _copies(self, point: Point, own: int) -> float:
+        """What is kept, read and written once."""
+        train = self._job.train
+        if not pipe_of(point).late_step or train.optimizer.clip_grad_norm is None:
+            return 0.0
+        kept = MASTER_BYTES * own + OPTIMIZERS[train.optimizer.name].state_bytes(train, own, 0)
+        return 2 * kept / self._rate
 
     def _metrics(self, point: Point) -> float:
+        if pipe_of(point).late_step:  # learnt targets, among those that have the same stages
+            axes = axis_links(self._job.cluster, point.axes)
+            return sum(self._seconds("all_reduce", links, LOSS_BYTES) for links in axes)
         world = spanned_levels(self._job.cluster, 1, point.world)
         return sum(self._seconds("all_reduce", world, size) for size in (COUNTS_BYTES, LOSS_BYTES))
 

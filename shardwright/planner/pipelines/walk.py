@@ -3,8 +3,9 @@
 [Note: memory of a rank]
 At rest: its part of the states of its stages, the batch, the buffers. As it goes through its program, step by step: the
 activations of the micro-batches in flight, what the action that runs needs beyond them (working.py), gradients and
-gathered parameters (buffers.py), messages. A message is there from when it is asked for until it is used, and on the
-other side from when it is made until IN_FLIGHT later ones have been sent.
+gathered parameters (buffers.py), messages; before its first backward what a late step keeps. A message is there from
+when it is asked for until it is used, and on the other side from when it is made until IN_FLIGHT later ones have been
+sent.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class Walk:
         costs: Costs,
         messages: Mapping[tuple[int, int], int],
         program: Program,
+        kept: Mapping[str, int],
     ) -> None:
+        """`kept`: bytes that go with the first backward, by category."""
+        self._kept = kept
         self._working, self._costs, self._messages, self._program = working, costs, messages, program
         self._checkpointed = pipe_of(point).checkpointed
         element = PRECISIONS[point.precision].compute_bytes
@@ -64,6 +68,7 @@ class Walk:
         kind, stage = step.kind, step.stage
         working = self._working[stage]
         self._take("I", step)
+        self._kept = {}
         fresh = self._gradients.fresh(stage)
         self._note(
             kind, working.first_backward if fresh else working.backward, recomputes=self._checkpointed[stage] > 0
@@ -115,14 +120,15 @@ class Walk:
     def _note(self, kind: str, need: Need, *, recomputes: bool = False, reducing: int = 0) -> None:
         gradients, sending = self._gradients.bytes, self._gradients.sending
         buffers = sending + reducing + sum(self._values.values()) + sum(self._sends)
-        total = self._activations + need.bytes + gradients + buffers + self._gathered.bytes
+        total = self._activations + need.bytes + gradients + buffers + self._gathered.bytes + sum(self._kept.values())
         if kind not in self.worst or total > self.worst[kind][0]:
             temporaries = "head_and_loss" if need.in_head else "activation_temporaries"
             self.worst[kind] = (
                 total,
                 {
                     "saved_activations": self._activations,
-                    "gradients": gradients,
+                    "gradients": gradients + self._kept.get("gradients", 0),
+                    "optimizer_states": self._kept.get("optimizer_states", 0),
                     "communication_buffers": buffers,
                     "gathered_parameters": self._gathered.bytes,
                     temporaries: need.bytes,

@@ -1,43 +1,14 @@
 from dataclasses import replace
 
 import pytest
+from planner.pipeline_points import pipe, point
+from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 
 from shardwright.planner.compute import model_work
 from shardwright.planner.groups import Groups
 from shardwright.planner.pipelines.costs import PipelineCosts, is_deferred, slowest_link
 from shardwright.planner.pipelines.owners import Owners, stage_segments
-from shardwright.planner.space import Pipe, Point
 from shardwright.schemas.profile import Affine, Edge, ModelProfile, Parameter
-from tests.planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
-
-
-def pipe(**changes: object) -> Pipe:
-    usual: dict[str, object] = {
-        "ranks": 2,
-        "chunks": 1,
-        "placement": "loop",
-        "schedule": "1f1b",
-        "cuts": (2,),
-        "checkpointed": (0, 0),
-    }
-    return Pipe(**{**usual, **changes})  # type: ignore[arg-type]
-
-
-def point(of: Pipe, **changes: object) -> Point:
-    usual: dict[str, object] = {
-        "engine": "amsp",
-        "world": of.ranks,
-        "pipe": of,
-        "shard": 1,
-        "optimizer_degree": 1,
-        "gradient_degree": 1,
-        "kept": None,
-        "micro_batch": 2,
-        "accumulation": 4,
-        "checkpointed": 0,
-        "precision": "fp32",
-    }
-    return Point(**{**usual, **changes})  # type: ignore[arg-type]
 
 
 def costs_of(profile: ModelProfile, processes: int = 2) -> PipelineCosts:

@@ -1,6 +1,8 @@
 from dataclasses import replace
 
 import pytest
+from planner.pipeline_points import pipe, point
+from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 
 from shardwright.planner.at_rest import at_rest_bytes
 from shardwright.planner.flat import Chain
@@ -10,41 +12,11 @@ from shardwright.planner.pipelines.prediction import Pipelines
 from shardwright.planner.predict import Predictor
 from shardwright.planner.schedules.lowering import Step
 from shardwright.planner.schedules.table import SCHEDULES
-from shardwright.planner.space import Pipe, Point, decide
+from shardwright.planner.space import Point, decide
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import ModelProfile
-from tests.planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 
 FAMILIES = ("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-1p", "zeropp", "zb-auto")
-
-
-def pipe(**changes: object) -> Pipe:
-    usual: dict[str, object] = {
-        "ranks": 2,
-        "chunks": 1,
-        "placement": "loop",
-        "schedule": "1f1b",
-        "cuts": (2,),
-        "checkpointed": (0, 0),
-    }
-    return Pipe(**{**usual, **changes})  # type: ignore[arg-type]
-
-
-def point(of: Pipe, **changes: object) -> Point:
-    usual: dict[str, object] = {
-        "engine": "amsp",
-        "world": of.ranks,
-        "pipe": of,
-        "shard": 1,
-        "optimizer_degree": 1,
-        "gradient_degree": 1,
-        "kept": None,
-        "micro_batch": 2,
-        "accumulation": 4,
-        "checkpointed": 0,
-        "precision": "fp32",
-    }
-    return Point(**{**usual, **changes})  # type: ignore[arg-type]
 
 
 def a_job(processes: int = 2) -> JobSpec:
@@ -65,6 +37,28 @@ def test_activations_are_what_the_simulator_counts(name: str) -> None:
     where = point(pipe(schedule=name), accumulation=6)
     peaks = made.schedules.made(where).simulation.peak_memory
     assert [saved(made.memory, where, rank) for rank in (0, 1)] == list(peaks)
+
+
+def test_what_a_late_step_keeps_by_hand() -> None:
+    made = pipelines(toy())
+    waits, late = point(pipe()), point(pipe(late_step=True))
+    before, after = ({phase.name: phase for phase in made.memory.phases(where, 0)} for where in (waits, late))
+    # Values, two moments and a counter for each of three flat parameters; the gradients are padded.
+    numel, kept = 640 + 2 * 104, 12 * (640 + 2 * 100) + 3 * 4
+    assert made.memory.kept(late)[0] == kept + 4 * numel
+    assert made.memory.kept(waits) == (0, 0)
+    # Two forwards come before the first backward, the second one with as much in flight as any.
+    head = after["forward"]
+    assert head.bytes["optimizer_states"] == before["forward"].bytes["optimizer_states"] + kept
+    assert head.bytes["gradients"] == 4 * numel
+    assert head.bytes["saved_activations"] == 2 * 4020
+    assert after["backward"] == before["backward"]
+    assert after["optimizer step"].total == before["optimizer step"].total + kept
+    assert made.memory.room(late, 0) <= made.memory.room(waits, 0)
+    unclipped = Predictor(
+        job(cpu_cluster(2), batch=16, sequence=16, train={"optimizer": {"lr": 1e-3, "clip_grad_norm": None}}), toy()
+    ).pipelines.memory
+    assert unclipped.kept(late) == (0, 0)
 
 
 def test_the_peak_of_1f1b_by_hand() -> None:

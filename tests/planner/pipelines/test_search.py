@@ -8,6 +8,7 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
+from planner.profiles import cpu_cluster, cuttable, gpu_cluster, job, llama, toy
 
 from shardwright.planner import evaluate, make_plan
 from shardwright.planner.candidates import TIE, Candidate, best_first, measure, timed
@@ -20,7 +21,6 @@ from shardwright.schemas.diagnostics import InputError
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Infeasible, Plan
 from shardwright.schemas.profile import Affine, ModelProfile
-from tests.planner.profiles import cpu_cluster, cuttable, gpu_cluster, job, llama, toy
 
 BLOCKS = 6
 
@@ -239,6 +239,21 @@ def test_an_edited_pipeline_is_predicted_anew(plan: Plan) -> None:
     assert more.decision.checkpointing.blocks == 2
 
 
+def test_steps_are_late_only_where_the_job_says_so(plan: Plan) -> None:
+    assert not plan.decision.pipeline.late_step
+    asked = planned(toy_job(2, late_step=True), model())
+    assert asked.decision.pipeline.late_step
+    assert "late step" in asked.name
+    assert next(each for each in asked.reasons if each.key == "pipeline.late_step").value == "true"
+    assert any(each.name == "late step" for each in asked.assumptions)
+    both = planned(toy_job(2, late_step=[False, True], pp=2), model())
+    assert both.prediction.step_time_s <= min(asked.prediction.step_time_s, plan.prediction.step_time_s) * 1.01
+    late = evaluate(edited(plan, {"late_step": True}), model())
+    assert late.prediction.step_time_s < plan.prediction.step_time_s
+    assert late.prediction.memory.peak_allocated_bytes >= plan.prediction.memory.peak_allocated_bytes
+    assert sum(part.seconds for part in late.prediction.time) == pytest.approx(late.prediction.step_time_s)
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "says"),
     [
@@ -256,6 +271,7 @@ def test_an_edited_pipeline_is_predicted_anew(plan: Plan) -> None:
         ({"schedule": "zb-auto", "activation_limits": (5,)}, "activation_limits", "1 memory limits for 2 devices"),
         ({"schedule": "zb-auto", "activation_limits": (5, 5)}, "schedule", "more than its memory limit"),
         ({"schedule": "none"}, "ranks", "without a schedule there is no pipeline"),
+        ({"schedule": "none", "late_step": True}, "late_step", "but `late_step` says true"),
     ],
 )
 def test_mistakes_in_an_edited_pipeline(plan: Plan, changes: dict[str, Any], key: str, says: str) -> None:
@@ -308,3 +324,16 @@ def test_held_bytes_of_weights_need_room() -> None:
     spec = toy_job(batch=16, pp=2, schedule="zb-h1", micro_batch=1, memory=3_000_000)
     light, held = planned(spec, profile).prediction, planned(spec, heavy).prediction
     assert held.step_time_s >= light.step_time_s * (1 - TIE)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        ({"pp": 2, "schedule": "dualpipe-v", "chunks": 3}, "dualpipe-v has stages a rank: 2"),
+        ({"pp": 2, "schedule": "interleaved-1f1b", "chunks": 8}, "needs 16 stages or more, and the model can be cut"),
+        ({"pp": 4, "schedule": "dualpipe-v", "micro_batch": 8}, "dualpipe-v on 4 ranks with 1 micro-batches"),
+    ],
+)
+def test_a_schedule_that_the_job_names_and_cannot_have_says_why(strategy: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        planned(toy_job(4 if strategy["pp"] == 4 else 2, **strategy))

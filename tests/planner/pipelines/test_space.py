@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from planner.profiles import cpu_cluster, cuttable, gpu_cluster, job, toy
 
 from shardwright.planner.pipelines.space import copies_cluster, numbers_of_ranks, permitted_cuts, pipelines
 from shardwright.planner.schedules.table import SCHEDULES
@@ -12,7 +13,6 @@ from shardwright.planner.space import Point, decide, point_of
 from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import ModelProfile
-from tests.planner.profiles import cpu_cluster, cuttable, gpu_cluster, job, toy
 
 
 def toy_job(cluster: ClusterSpec, batch: int = 32, **sections: object) -> JobSpec:

@@ -3,48 +3,20 @@ from dataclasses import replace
 from math import isclose
 
 import pytest
+from planner.pipeline_points import pipe, point
+from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 
 from shardwright.planner.flat_lanes import Communication
 from shardwright.planner.pipelines.run import PipelineRun, RankLoad
 from shardwright.planner.predict import Predictor
 from shardwright.planner.schedules.bounds import lower_bound
 from shardwright.planner.schedules.lowering import Gathers, lower
-from shardwright.planner.schedules.simulator import simulate
+from shardwright.planner.schedules.simulator import simulate, steady_period
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.schedules.text import from_text
 from shardwright.planner.schedules.timetable import Costs, Layout
 from shardwright.planner.space import Pipe, Point
 from shardwright.schemas.plan import TimePart
-from tests.planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
-
-
-def pipe(**changes: object) -> Pipe:
-    usual: dict[str, object] = {
-        "ranks": 2,
-        "chunks": 1,
-        "placement": "loop",
-        "schedule": "1f1b",
-        "cuts": (2,),
-        "checkpointed": (0, 0),
-    }
-    return Pipe(**{**usual, **changes})  # type: ignore[arg-type]
-
-
-def point(of: Pipe, **changes: object) -> Point:
-    usual: dict[str, object] = {
-        "engine": "amsp",
-        "world": of.ranks,
-        "pipe": of,
-        "shard": 1,
-        "optimizer_degree": 1,
-        "gradient_degree": 1,
-        "kept": None,
-        "micro_batch": 2,
-        "accumulation": 4,
-        "checkpointed": 0,
-        "precision": "fp32",
-    }
-    return Point(**{**usual, **changes})  # type: ignore[arg-type]
 
 
 def parts_of(parts: tuple[TimePart, ...]) -> Counter[str]:
@@ -68,6 +40,27 @@ def test_alone_a_pipeline_takes_its_makespan_and_the_tail() -> None:
         assert step.seconds == pytest.approx(simulated + tail)
         assert sum(part.seconds for part in step.parts) == pytest.approx(step.seconds)
         assert time.least(where) <= step.seconds
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-h2", "zb-v"])
+def test_late_steps_take_the_steady_period_and_the_tail(name: str) -> None:
+    predictor = Predictor(job(cpu_cluster(2), batch=8, sequence=16), toy(blocks=8))
+    family = SCHEDULES[name]
+    stages = 2 * family.chunks
+    cuts = tuple(8 * (stage + 1) // stages for stage in range(stages - 1))
+    of = pipe(schedule=name, chunks=family.chunks, placement=family.placement, cuts=cuts, checkpointed=(1,) * stages)
+    waits = point(of, accumulation=8)
+    where = replace(waits, pipe=replace(of, late_step=True))
+    step, time = predictor.step(where), predictor.pipelines.time
+    made = time.schedule(where)
+    period = steady_period(made.timetable, made.layout, made.costs)
+    assert made.simulation.work <= period <= made.simulation.makespan
+    # With the others rank 0 begins an iteration and ends it, too.
+    assert (period < made.simulation.makespan) == (name in ("zb-h1", "zb-h2"))
+    assert step.seconds == pytest.approx(period + sum(seconds for _, seconds, _ in time._tail(where)))
+    assert sum(part.seconds for part in step.parts) == pytest.approx(step.seconds)
+    assert time.least(where) <= step.seconds
+    assert parts_of(step.parts)["gradient norm"] < parts_of(predictor.step(waits).parts)["gradient norm"]
 
 
 def test_the_parts_are_those_of_the_rank_that_is_longest_at_work() -> None:
