@@ -187,7 +187,7 @@ class Study:
 
     def predictor(self, pinned: dict[str, Any], world: int, network: float, sequences: int) -> Predictor:
         """Of the job under what is pinned."""
-        defaults = {"precision": "bf16_mixed", "micro_batch": 1, "checkpointing": self.shape.checkpointing}
+        defaults = {"pp": 1, "precision": "bf16_mixed", "micro_batch": 1, "checkpointing": self.shape.checkpointing}
         train = self._job.train.model_copy(update={"global_batch": Amount(sequences, "sequences")})
         changes = {
             "cluster": self.cluster(world, network),

@@ -61,6 +61,7 @@ data: {{synthetic: {{vocabulary: {run.vocabulary}}}}}
 train: {{sequence_length: {run.sequence}, global_batch: {64 * run.micro_batch}, steps: 1}}
 cluster: {{devices: 64 x a100-sxm-80gb}}
 strategy:
+  pp: 1
   states: {{parameters: all, gradients: all, optimizer_states: all}}
   reshard_after_forward: true
   micro_batch: {run.micro_batch}
