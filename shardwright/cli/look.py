@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +15,7 @@ from shardwright.cli.arguments import AsJson, Job, JobOrPlan, NoCache, Overrides
 from shardwright.cli.files import check_drawing_target, write_atomically
 from shardwright.cli.outcome import MADE, no_plan
 from shardwright.cli.terminal import say, show, show_json
+from shardwright.cli.timetables import check_targets, draw_to_files
 from shardwright.cli.work import located, plan_to_show, profile_job, read_job
 from shardwright.schemas import catalogue
 from shardwright.schemas.diagnostics import Diagnostic, InputError
@@ -141,19 +141,12 @@ def inspect(
       shardwright inspect plan.json --set decision.micro_batch=4
       shardwright inspect plan.json --svg timetable.svg
     """
-    if svg is not None:
-        check_drawing_target(svg, (".svg",), "--svg")
-    if trace is not None:
-        check_drawing_target(trace, (".json",), "--trace")
+    check_targets(svg, trace)
     made = plan_to_show(source, overrides or (), cached=not no_cache)
     if isinstance(made, Infeasible):
         return no_plan(made, as_json)
-    if svg is not None:
-        write_atomically(svg, report.schedule_svg(report.schedule_of(made)))
-        say(f"wrote {svg}")
-    if trace is not None:
-        write_atomically(trace, json.dumps(report.schedule_trace(report.schedule_of(made)), allow_nan=False))
-        say(f"wrote {trace}")
+    if svg is not None or trace is not None:
+        draw_to_files(report.schedule_of(made), svg, trace)
     if as_json:
         show_json(report.why_fields(made, why) if why else json_fields(made))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,9 @@ import typer
 
 from shardwright import report
 from shardwright.cli.arguments import AsJson
-from shardwright.cli.files import check_drawing_target, write_atomically
 from shardwright.cli.outcome import ANSWER_IS_NO, MADE
-from shardwright.cli.terminal import say, show, show_json
+from shardwright.cli.terminal import show, show_json
+from shardwright.cli.timetables import check_targets, draw_to_files
 from shardwright.report.schedule import Misfit
 
 DEFAULT_FAMILY = "zb-auto"
@@ -61,10 +60,7 @@ def schedule(
     from shardwright.cli.schedule_input import read_times, read_timetable
     from shardwright.cli.schedule_work import Sizes, make, replay
 
-    if svg is not None:
-        check_drawing_target(svg, (".svg",), "--svg")
-    if trace is not None:
-        check_drawing_target(trace, (".json",), "--trace")
+    check_targets(svg, trace)
     given_times = read_times(times, held_by_weight)
     sizes = Sizes(stages, micro_batches, chunks)
     if check is None:
@@ -73,12 +69,7 @@ def schedule(
         made = replay(read_timetable(check), family, sizes, given_times, memory_limit, None if as_json else show)
     if isinstance(made, Misfit):
         return _no_schedule(made, as_json)
-    if svg is not None:
-        write_atomically(svg, report.schedule_svg(made))
-        say(f"wrote {svg}")
-    if trace is not None:
-        write_atomically(trace, json.dumps(report.schedule_trace(made), allow_nan=False))
-        say(f"wrote {trace}")
+    draw_to_files(made, svg, trace)
     if as_json:
         show_json(report.schedule_fields(made))
     else:

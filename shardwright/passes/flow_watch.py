@@ -37,13 +37,14 @@ class Value:
     """Segments that read it to the bytes of the largest view that they read."""
     before: Value | None = None
     """What the storage held before, where an operator wrote into it."""
-    first: Value | None = None
-    """What the storage held first, if that is another."""
 
     @property
     def born(self) -> int:
         """Segment that made the storage."""
-        return self.made if self.first is None else self.first.made
+        first = self
+        while first.before is not None:
+            first = first.before
+        return first.made
 
     def use(self, segment: int, size: int) -> None:
         """Reads so many bytes of it."""
@@ -127,20 +128,21 @@ class Watch(DispatchMode):
         if func.namespace == "prim":
             return result
         inputs = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
-        self._use_parameters(tensor.untyped_storage()._cdata for tensor in inputs)
+        keys = [tensor.untyped_storage()._cdata for tensor in inputs]
+        self._use_parameters(keys)
         if func.is_view:
             return result
-        names = [self._names.get(tensor.untyped_storage()._cdata, ()) for tensor in inputs]
+        names = [self._names.get(key, ()) for key in keys]
         carried = any(names)
-        for tensor in inputs:
-            value = self._current.get(tensor.untyped_storage()._cdata)
+        for tensor, key in zip(inputs, keys, strict=True):
+            value = self._current.get(key)
             if value is not None:
                 value.use(self.segment, tensor_bytes(tensor))
                 carried |= value.carried
         self._note_roles(func, inputs, names)
-        before = {tensor.untyped_storage()._cdata for tensor in inputs}
         written = {tensor.untyped_storage()._cdata for tensor in written_into(func, args, kwargs)}
-        outputs = {key for tensor in tensors_in(result) if (key := self._hold(tensor)) not in before - written}
+        kept = set(keys) - written
+        outputs = {key for tensor in tensors_in(result) if (key := self._hold(tensor)) not in kept}
         for key in outputs | written:
             self._make(key, carried)
         if names and all(names):  # rows that are looked up are activations: their indices have no names
@@ -157,8 +159,6 @@ class Watch(DispatchMode):
     def _make(self, key: int, carried: bool) -> None:
         before = self._current.get(key)
         value = Value(self.segment, carried or (before is not None and before.carried), before=before)
-        if before is not None:
-            value.first = before.first or before
         self.values.append(value)
         self._current[key] = value
 

@@ -96,11 +96,9 @@ def _kept(found: Sequence[Factor], processes: int) -> list[tuple[Factor, int]]:
 def _ranks(ranks: int, others: int, processes: int) -> int:
     """Of the small pipeline: at least two, and no more than leave each of the other factors its two processes."""
     least = 2
-    room = processes >> others
-    while room < least and others:
+    while others and processes >> others < least:
         others -= 1
-        room = processes >> others
-    return max(least, min(ranks, _ENOUGH, room))
+    return max(least, min(ranks, _ENOUGH, processes >> others))
 
 
 def factors(decision: Decision, cluster: ClusterSpec) -> list[Factor]:

@@ -135,9 +135,9 @@ def _limited(small: SmallPipeline, point: Point, predictor: Predictor) -> Point:
 
 def _sizes(small: SmallPipeline, profile: ModelProfile) -> list[int]:
     """Blocks of each stage of the shrunk model, which may have more or fewer than were asked for."""
-    sizes, blocks = resized(small.blocks, block_count(profile)), block_count(profile)
-    permitted = permitted_cuts(profile)
-    ends = nearest(list(accumulate(sizes))[:-1], permitted)
+    blocks = block_count(profile)
+    sizes = resized(small.blocks, blocks)
+    ends = nearest(list(accumulate(sizes))[:-1], permitted_cuts(profile))
     return [end - begin for begin, end in pairwise((0, *ends, blocks))]
 
 

@@ -77,14 +77,16 @@ def _compare_layout(
     mesh, point = plan.decision.mesh, point_of(plan.decision)
     held = [rank["at_rest"] for rank in findings]
     if point.pipe is None:
-        who, predicted = Processes(mesh), [plan.prediction.collectives] * mesh.world_size
-        return [*compare_at_rest(run, who, at_rest, held), *compare_collectives(run, who, predicted, findings)]
-    pipelines, timetable = Predictor(plan.job, profile).pipelines, plan.prediction.pipeline
-    assert timetable is not None, "a plan with stages predicts its pipeline"
-    who = _processes(point, mesh, pipelines)
-    predicted = [pipelines.collectives(point, rank // point.copies) for rank in range(mesh.world_size)]
+        who, predicted, actions = Processes(mesh), [plan.prediction.collectives] * mesh.world_size, []
+    else:
+        pipelines, pipeline = Predictor(plan.job, profile).pipelines, plan.prediction.pipeline
+        assert pipeline is not None, "a plan with stages predicts its pipeline"
+        who = _processes(point, mesh, pipelines)
+        predicted = [pipelines.collectives(point, rank // point.copies) for rank in range(mesh.world_size)]
+        timetable = from_text("\n".join(pipeline.timetable))
+        actions = [compare_actions(run, who, timetable, point.pipe.layout, findings)]
     return [
-        compare_actions(run, who, from_text("\n".join(timetable.timetable)), point.pipe.layout, findings),
+        *actions,
         *compare_at_rest(run, who, at_rest, held),
         *compare_collectives(run, who, predicted, findings),
     ]

@@ -60,8 +60,8 @@ def draw_stage(stage: StageMemory, scale: int) -> Grid:
 
 def draw_others(memory: Memory, scale: int) -> Group:
     """One row a rank of the pipeline, one column for what takes the bytes at its peak."""
-    peaks = [next(phase for phase in stage.phases if phase.name == stage.peak_phase) for stage in memory.stages]
-    names = categories(tuple(peaks))
+    peaks = tuple(map(_peak_of, memory.stages))
+    names = categories(peaks)
     columns = [Column("rank", "number"), *(Column(words(name).replace(" ", "\n"), "number") for name in names)]
     rows = [
         Row((str(stage.stage), *(in_unit(peak.bytes.get(name, 0), scale) for name in names)))
@@ -74,6 +74,10 @@ def _peak_style(phase: MemoryPhase, stage: StageMemory) -> str:
     return "yellow" if phase.name == stage.peak_phase else ""
 
 
+def _peak_of(stage: StageMemory) -> MemoryPhase:
+    return next(phase for phase in stage.phases if phase.name == stage.peak_phase)
+
+
 def fullest_of(memory: Memory) -> StageMemory:
     """The rank of the pipeline that the budget limits; without a pipeline, the only one."""
     return max(memory.stages, key=lambda stage: (stage.peak_reserved_bytes, stage.peak_allocated_bytes))
@@ -83,7 +87,7 @@ def draw_memory(memory: Memory, limit: int) -> Group:
     """Everything that the plan says about memory; `limit` is what the allocator may reserve."""
     unit, scale = common_unit(memory.peak_allocated_bytes)
     fullest = fullest_of(memory)
-    peak = next(phase for phase in fullest.phases if phase.name == fullest.peak_phase)
+    peak = _peak_of(fullest)
     on = f", on rank {fullest.stage}" if len(memory.stages) > 1 else ""
     parts: list[RenderableType] = [
         heading("Memory of the fullest device", f"at the peak of the step: {words(peak.name)}{on}"),

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from shardwright.report.layout import Bar, Column, Grid, Row, facts, heading, page, percent
-from shardwright.report.memory import common_unit, fullest_of, in_unit
+from shardwright.report.memory import common_unit, fullest_of, in_unit, words
 from shardwright.report.stages import Piped, copies_of
 from shardwright.report.time_grid import TimeGrid, beginning, legend
 from shardwright.schemas.plan import Memory, Plan, StageTime
@@ -130,7 +130,7 @@ def draw_ranks(memory: Memory, limit: int) -> Group:
         Row(
             (
                 str(rank.stage),
-                rank.peak_phase.replace("_", " "),
+                words(rank.peak_phase),
                 in_unit(rank.peak_allocated_bytes, scale),
                 in_unit(rank.peak_reserved_bytes, scale),
                 percent(rank.peak_reserved_bytes / limit),

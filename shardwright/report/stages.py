@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from shardwright.planner.pipelines.cutting import Held, in_flight
 from shardwright.planner.schedules.execution import ScheduleError
 from shardwright.planner.schedules.simulator import Simulation, simulate
 from shardwright.planner.schedules.text import from_text
@@ -93,14 +94,13 @@ class Piped:
     def most_at_once(self, stage: int) -> tuple[int, int]:
         """Micro-batches between their F and their I, and between their I and their W."""
         rank, chunk = self.layout.place(stage)
-        between = {"I": 0, "W": 0}
-        most = dict(between)
-        for kind, of, _ in self.simulation.timetable[rank]:
-            if of == chunk:
-                for awaited, change in _CHANGES[kind].items():
-                    between[awaited] += change
-                    most[awaited] = max(most[awaited], between[awaited])
-        return most["I"], most["W"]
+        moments = self._held[rank]
+        active = max((held.active[chunk] for held in moments), default=0)
+        return active, max((held.waiting[chunk] for held in moments), default=0)
+
+    @cached_property
+    def _held(self) -> tuple[tuple[Held, ...], ...]:
+        return in_flight(self.simulation.timetable, self.layout)
 
     def title(self) -> str:
         """`8 stages on 4 ranks (2 chunks each, a V), 16 micro-batches`."""
@@ -113,10 +113,6 @@ class Piped:
     def stages_of(self, rank: int) -> Iterator[int]:
         """The stages of a rank, in the order of the model."""
         return (self.layout.stage(rank, chunk) for chunk in range(self.layout.chunks))
-
-
-_CHANGES = {"F": {"I": 1}, "I": {"I": -1, "W": 1}, "W": {"W": -1}, "B": {"I": -1}}
-"""Of the micro-batches that wait for their I and for their W, by what has run."""
 
 
 def piped(plan: Plan) -> Piped | None:

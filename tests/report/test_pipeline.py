@@ -6,7 +6,6 @@ After a wanted change: `UPDATE_DRAWINGS=1 pytest tests/report`, then look at the
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,6 +21,7 @@ from typer.testing import CliRunner
 from report.pipeline_samples import deep, long, straight, uneven, v_shaped
 from report.samples import HOSTILE, PLAN
 from report.test_drawings import drawn
+from report.test_schedule import kept
 from shardwright import report
 from shardwright.cli import app
 from shardwright.cli.terminal import json_text
@@ -31,7 +31,6 @@ from shardwright.report.stages import piped
 from shardwright.schemas.diagnostics import InputError
 from shardwright.schemas.plan import Plan, json_fields
 
-KEPT = Path(__file__).parent / "drawings"
 SVG = "{http://www.w3.org/2000/svg}"
 
 DRAWINGS: dict[str, Callable[[], str]] = {
@@ -47,9 +46,7 @@ DRAWINGS: dict[str, Callable[[], str]] = {
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_drawing_is_the_kept_one(name: str) -> None:
     text = DRAWINGS[name]()
-    if os.environ.get("UPDATE_DRAWINGS"):
-        (KEPT / name).write_text(text, encoding="utf-8")
-    assert text == (KEPT / name).read_text(encoding="utf-8")
+    assert text == kept(name, text)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
