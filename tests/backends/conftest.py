@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support.compare")
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

@@ -8,22 +8,21 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.compare import assert_as_in_bf16, assert_as_plain, assert_went_on, column, furthest
 from support.golden import LLAMA
 from support.launch import SUPPORT, emit_into, make_job_folder, parameters_of, read_checkpoint, read_metrics, run_forked
 from support.pipeline_plans import pipeline_plan
 from support.plans import make_plan
-from support.reference import Trained, train_plainly
+from support.reference import plain
 from support.tiny import build
 from torch import Tensor
 
-from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Plan
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -312,53 +311,15 @@ def out_of(folder: Path, case: Case) -> Path:
     return folder / (case.out or f"{case.name}/out")
 
 
-def column(out: Path, name: str) -> list[Any]:
-    return [line[name] for line in read_metrics(out)]
-
-
-@cache
-def _plain(text: str, folder: Path) -> Trained:
-    return train_plainly(JobSpec.model_validate_json(text), folder)
-
-
-def plain(case: Case, folder: Path) -> Trained:
-    return _plain(case.plan.job.model_copy(update={"cluster": make_plan().job.cluster}).model_dump_json(), folder)
-
-
-def averages_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "optimizer.average."
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    return max((float((found[name] - expected[name]).abs().max()) for name in expected), default=0.0)
-
-
 @pytest.mark.parametrize("case", [c for cases in FP32.values() for c in cases], ids=lambda c: c.name)
 def test_fp32_pipelines_match_one_plain_process(runs: Path, case: Case) -> None:
     """Bounds as for the other engines (`test_processes.py`)."""
-    expected, out = plain(case, runs), out_of(runs, case)
-    assert column(out, "tokens") == expected.tokens
-    assert column(out, "loss") == pytest.approx(expected.losses, rel=5e-7)
-    assert column(out, "grad_norm") == pytest.approx(expected.norms, rel=1e-6)
-    assert min(expected.norms) > 0.05
-    found = read_checkpoint(out)
-    limit = 3e-7 if case.plan.job.train.optimizer.name == "sgd" else 2e-5
-    assert furthest(parameters_of(found), expected.parameters) < limit
-    assert furthest(averages_of(found), expected.averages) < limit
+    assert_as_plain(out_of(runs, case), plain(case.plan, runs), case.plan.job.train.optimizer.name)
 
 
 @pytest.mark.parametrize("case", PAIRS["bf16"], ids=lambda c: c.name)
 def test_bf16_pipelines_match_bf16_on_one_process(runs: Path, case: Case) -> None:
-    out, first = out_of(runs, case), out_of(runs, FIRST["bf16"])
-    assert column(out, "loss") == pytest.approx(column(first, "loss"), rel=1e-4)
-    assert column(out, "grad_norm") == pytest.approx(column(first, "grad_norm"), rel=2e-3)
-    found, expected = parameters_of(read_checkpoint(out)), parameters_of(read_checkpoint(first))
-    assert all(value.dtype == torch.float32 for value in found.values())
-    assert furthest(found, expected) < 2e-2
-    difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
-    assert float(difference.abs().mean()) < 2e-4
+    assert_as_in_bf16(out_of(runs, case), out_of(runs, FIRST["bf16"]))
 
 
 @pytest.mark.parametrize("which", ["init", "init, tied"])
@@ -381,7 +342,7 @@ def test_held_out_losses_do_not_depend_on_the_plan(runs: Path, case: Case) -> No
 
 def test_rounded_messages_change_little(runs: Path) -> None:
     case = PAIRS["quantized"][0]
-    found, expected = column(out_of(runs, case), "loss"), plain(case, runs).losses
+    found, expected = column(out_of(runs, case), "loss"), plain(case.plan, runs).losses
     assert found == pytest.approx(expected, rel=1e-2)
     assert found != pytest.approx(expected, rel=1e-6)
 
@@ -422,17 +383,13 @@ def test_what_a_pipeline_saved_is_exported(runs: Path) -> None:
     command = [sys.executable, runs / case.name / "export.py", runs / "exported", "--checkpoint", out_of(runs, case)]
     subprocess.run(command, check=True, timeout=60, capture_output=True)
     found = load_file(runs / "exported" / "model.safetensors")
-    assert furthest({name: found[name] for name in found if name != "scale"}, plain(case, runs).parameters) < 2e-5
+    assert furthest({name: found[name] for name in found if name != "scale"}, plain(case.plan, runs).parameters) < 2e-5
 
 
 def test_a_run_goes_on_with_and_without_a_pipeline(runs: Path) -> None:
-    expected, out = plain(MOVES[0], runs), out_of(runs, MOVES[0])
+    out = out_of(runs, MOVES[0])
     assert column(out, "step") == list(range(1, 13))
-    assert column(out, "tokens") == expected.tokens
-    assert column(out, "loss") == pytest.approx(expected.losses, rel=1e-5)
-    found = read_checkpoint(out)
-    assert furthest(parameters_of(found), expected.parameters) < 2e-5
-    assert furthest(averages_of(found), expected.averages) < 2e-5
+    assert_went_on(out, plain(MOVES[0].plan, runs))
 
 
 def test_a_run_that_was_told_to_stop_goes_on_with_the_same_dropout(runs: Path) -> None:

@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue, defer_weight_gradients
 from shardwright.backends.pytorch.runtime.late import Head, LateStep, heads
-from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Tie, Wire
+from shardwright.backends.pytorch.runtime.messages import Wire
+from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Tie
 from shardwright.backends.pytorch.runtime.states import Levels, ShardedStates
 from shardwright.planner.schedules.lowering import Gathers, Program, lower
 from shardwright.planner.schedules.timetable import Action

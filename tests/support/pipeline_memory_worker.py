@@ -123,7 +123,3 @@ def main() -> None:
     listed.with_name(f"{listed.stem}-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwright.backends.pytorch.runtime.deferred import WeightQueue, defer_weight_gradients
-from shardwright.backends.pytorch.runtime.gradients import norm_over_groups
+from shardwright.backends.pytorch.runtime.gradients import square_over_groups
 from shardwright.backends.pytorch.runtime.messages import Wire
 from shardwright.backends.pytorch.runtime.pipeline import Pipeline, Step, Tie
 from shardwright.backends.pytorch.runtime.replicas import Replicas
@@ -130,7 +130,7 @@ class Setting:
         assert pairs is not None
         if isinstance(states, Replicas):
             return [Tie([self.tied], pairs)]
-        return [Tie([run.parameter for bucket in states.units[0] for run in bucket.runs], pairs)]
+        return [Tie(states.parameters(0), pairs)]
 
     def norm_groups(self) -> list[dist.ProcessGroup]:
         """Over which processes hold different parts of the gradient."""
@@ -188,7 +188,7 @@ def train(run: dict[str, Any], mesh: DeviceMesh, pairs: dist.ProcessGroup | None
                 found = pipeline.step(own, last=number == run["passes"] - 1)
             total += 0.0 if found is None else float(found)
         losses.append(total)
-        norm = norm_over_groups(parameters_in(optimizer, counted=True), setting.norm_groups(), CPU)
+        norm = square_over_groups(parameters_in(optimizer, counted=True), setting.norm_groups(), CPU).sqrt()
         norms.append(float(norm))
         if run["clips"]:
             nn.utils.clip_grads_with_norm_(parameters_in(optimizer), CLIP, norm)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from shardwright.backends.pytorch.runtime.data import Batches, byte_files
 from shardwright.schemas.job import JobSpec, OptimizerSpec
+from shardwright.schemas.plan import Plan
+from support.plans import make_plan
 from support.tiny import build
 
 
@@ -82,3 +85,13 @@ def train_plainly(job: JobSpec, folder: Path) -> Trained:
         trained.tokens.append(int(learnt.sum()))
     trained.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     return trained
+
+
+def plain(plan: Plan, folder: Path) -> Trained:
+    """`train_plainly` of a plan's job, once for all clusters."""
+    return _plain(plan.job.model_copy(update={"cluster": make_plan().job.cluster}).model_dump_json(), folder)
+
+
+@cache
+def _plain(text: str, folder: Path) -> Trained:
+    return train_plainly(JobSpec.model_validate_json(text), folder)

@@ -71,7 +71,8 @@ def closing_lines(plan: Plan, local: tuple[str, ...]) -> str:
 def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
     mesh, states, recomputed = decision.mesh, decision.states, decision.checkpointing
     axes = " x ".join(f"{axis.name} {axis.size}" for axis in mesh.axes) or "one process"
-    freed = None if decision.pipeline.schedule != "none" else decision.engine.reshard_after_forward
+    pipeline, pipelined = decision.pipeline, decision.pipeline.schedule != "none"
+    freed = None if pipelined else decision.engine.reshard_after_forward
     kept = {True: ", freed after forward", False: ", kept gathered", None: ""}[freed]
     degrees = (
         f"parameters /{states.parameters.degree}, gradients /{states.gradients.degree}, "
@@ -79,15 +80,14 @@ def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
     )
     second = "" if states.secondary is None else f"parameters /{states.secondary.degree}, for backward"
     gathers, reductions = decision.communication.int8_gathers, decision.communication.int4_reductions
-    pipeline = decision.pipeline
     copies = mesh.world_size // pipeline.ranks
     batch = f"{global_batch} = {copies} x {decision.micro_batch} x {decision.accumulation} micro-batches"
     stages = f"{pipeline.schedule}, {len(pipeline.cuts) + 1} stages{', late step' * pipeline.late_step}"
-    whole = "every process holds all states" if pipeline.schedule == "none" else "whole on every process of a stage"
+    whole = "whole on every process of a stage" if pipelined else "every process holds all states"
     return [
         ("engine", f"{decision.engine.name}{kept}"),
         ("mesh", axes),
-        *([("pipeline", stages)] if pipeline.schedule != "none" else []),
+        *([("pipeline", stages)] if pipelined else []),
         ("shards", degrees if states.optimizer_states.degree > 1 else f"none: {whole}"),
         *([("second copy", second)] if second else []),
         *([("int8", f"gathers over {', '.join(gathers)}")] if gathers else []),

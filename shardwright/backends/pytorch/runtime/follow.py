@@ -55,12 +55,8 @@ class Route:
             self._records[key] = _record(self)
         return self._records[key]
 
-    def parameters(self, first: int, last: int) -> tuple[str, ...]:
-        """Names of the parameters that segments `first` to `last` use, tied ones under all their names."""
-        return self.names(self.record(), first, last)
-
-    def names(self, record: Record, first: int, last: int) -> tuple[str, ...]:
-        """As `parameters`, of a record."""
+    def parameters(self, record: Record, first: int, last: int) -> tuple[str, ...]:
+        """Names of the parameters that segments `first` to `last` of a record use, tied ones under all their names."""
         used = set[str]().union(*(record.parameters.get(each, ()) for each in range(first, last + 1)))
         return tuple(name for name, _ in self.model.named_parameters(remove_duplicate=False) if name in used)
 

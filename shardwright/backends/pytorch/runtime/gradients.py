@@ -20,8 +20,10 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def norm_over_groups(parameters: Iterable[Tensor], groups: Iterable[dist.ProcessGroup], device: torch.device) -> Tensor:
-    """The same where each process holds plain tensors of its own, or none at all: one all-reduce a group.
+def square_over_groups(
+    parameters: Iterable[Tensor], groups: Iterable[dist.ProcessGroup], device: torch.device
+) -> Tensor:
+    """The square of the same where each process holds plain tensors of its own, or none at all: one all-reduce a group.
 
     `parameters`: of this process, those that no other process counts: of tied copies, one rank's. `groups`: over which
     processes hold different ones: the axes that optimizer states are sharded over, and a pipeline's.
@@ -29,7 +31,7 @@ def norm_over_groups(parameters: Iterable[Tensor], groups: Iterable[dist.Process
     total = _norm(parameters).to(device).square()
     for group in groups:
         dist.all_reduce(total, group=group)
-    return total.sqrt()
+    return total
 
 
 def _norm(parameters: Iterable[Tensor]) -> Tensor:

@@ -248,15 +248,10 @@ class LateStep:
 
     def _own_square(self) -> Tensor:
         """The square of the norm of this rank's stages; 0 but for one of the processes that have the same ones."""
-        levels, buckets = self.states.levels, [bucket for unit in self.states.units for bucket in unit]
-        counted = [run.parameter.grad for bucket in buckets if not bucket.copy for run in bucket.runs]
-        norm = nn.utils.get_total_norm([gradient for gradient in counted if gradient is not None])
-        square = norm.to(buckets[0].whole.device).square()
         # These processes are done at the same time, so this keeps nobody waiting. It is the order of sums of
-        # `norm_over_groups`, and other than a share of each, zeros do not round.
-        for group in levels.groups[: levels.optimizer_states]:
-            dist.all_reduce(square, group=group)
-        return torch.zeros_like(square) if any(levels.ranks) else square
+        # `gradient_norm`, and other than a share of each, zeros do not round.
+        square = self.states.gradient_square()
+        return torch.zeros_like(square) if any(self.states.levels.ranks) else square
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -53,7 +53,7 @@ class Stages:
             why = record.refusal(first)
             if why:
                 raise RuntimeError(f"the model cannot be cut after {self._name(first - 1)}: {why}")
-        self.wires = self._wires(record)
+        self.wires = _wires(record, self._edges(record))
         """By the two stages between which the values go."""
         self.stages = {stage: Stage(route, partial(self._part, stage)) for stage in own}
         users: dict[str, list[int]] = {}
@@ -62,11 +62,10 @@ class Stages:
                 users.setdefault(name, []).append(stage)
         self.users = {name: tuple(stages) for name, stages in users.items()}
         """The stages that use each parameter; what none uses is missing."""
-        self.shared = {name: stages for name, stages in self.users.items() if len(stages) > 1}
 
     def parameters(self, stage: int) -> tuple[str, ...]:
         """Names of the parameters that a stage uses, tied ones under all their names."""
-        return self.route.names(self.record, *self.spans[stage])
+        return self.route.parameters(self.record, *self.spans[stage])
 
     def _name(self, segment: int) -> str:
         return self.route.blocks[segment - 1] if segment else "the embedding"
@@ -81,16 +80,10 @@ class Stages:
                 found.setdefault((source, target), []).append(number)
         return {edge: tuple(found[edge]) for edge in sorted(found)}
 
-    def _wires(self, record: Record) -> dict[tuple[int, int], tuple[Wire, ...]]:
-        return {
-            edge: tuple(Wire(record.values[number].shape, record.values[number].dtype) for number in numbers)
-            for edge, numbers in self._edges(record).items()
-        }
-
     def _part(self, stage: int, record: Record) -> Part:
-        if self._wires(record) != self.wires:
-            raise RuntimeError("between the stages other tensors go in evaluation than in training")
         edges, (first, last) = self._edges(record), self.spans[stage]
+        if _wires(record, edges) != self.wires:
+            raise RuntimeError("between the stages other tensors go in evaluation than in training")
         received = {source: numbers for (source, target), numbers in edges.items() if target == stage}
         sent = {target: numbers for (source, target), numbers in edges.items() if source == stage}
         own = range(first, last + 1)
@@ -98,6 +91,13 @@ class Stages:
         return Part(
             route=self.route, record=record, first=first, last=last, received=received, sent=sent, changed=changed
         )
+
+
+def _wires(record: Record, edges: Mapping[tuple[int, int], Sequence[int]]) -> dict[tuple[int, int], tuple[Wire, ...]]:
+    return {
+        edge: tuple(Wire(record.values[number].shape, record.values[number].dtype) for number in numbers)
+        for edge, numbers in edges.items()
+    }
 
 
 def stages_of(

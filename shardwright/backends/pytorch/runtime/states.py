@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .buckets import Bucket, Run
-from .gradients import norm_over_groups
+from .gradients import square_over_groups
 from .hooks import Hooks
 from .levels import Chain, Levels
 
@@ -158,10 +158,16 @@ class ShardedStates:
 
     def gradient_norm(self, pipeline: dist.ProcessGroup | None = None) -> Tensor:
         """The L2 norm of the whole gradient, a scalar on the device. `pipeline`: the processes that have its parts."""
+        square = self.gradient_square()
+        if pipeline is not None:
+            dist.all_reduce(square, group=pipeline)
+        return square.sqrt()
+
+    def gradient_square(self) -> Tensor:
+        """The square of the norm of what this process and those of the levels' axes have, without copies."""
         device = next(bucket for unit in self.units for bucket in unit).whole.device
         counted = [run.parameter for bucket in self._trainable() if not bucket.copy for run in bucket.runs]
-        groups = [*self.levels.groups[: self.levels.optimizer_states], *([] if pipeline is None else [pipeline])]
-        return norm_over_groups(counted, groups, device)
+        return square_over_groups(counted, self.levels.groups[: self.levels.optimizer_states], device)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
