@@ -18,7 +18,7 @@ All of it was counted in running processes on torch 2.13 (tests/planner).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
 from shardwright.planner.flat import step_sends
@@ -40,8 +40,13 @@ def step_collectives(point: Point, groups: Groups, bucket_cap_bytes: int | None 
     `bucket_cap_bytes` replaces ddp's cap.
     """
     cap = DDP_BUCKET_CAP_MIB * 2**20 if bucket_cap_bytes is None else bucket_cap_bytes
+    return merged((*_states(point, groups, cap), *metrics_calls(point)))
+
+
+def merged(each: Iterable[tuple[Collective, int]]) -> tuple[Collective, ...]:
+    """Collectives and how often each is called, those that are equal together, without those that move nothing."""
     calls: Counter[Collective] = Counter()
-    for call, count in (*_states(point, groups, cap), *((call, 1) for call in metrics_calls(point))):
+    for call, count in each:
         if call.bytes and call.group_size > 1:
             calls[call] += count
     return tuple(call.model_copy(update={"count": count}) for call, count in calls.items())
@@ -69,21 +74,21 @@ def _states(point: Point, groups: Groups, cap: int) -> Iterator[tuple[Collective
         return
     if not ENGINES[point.engine].shards:
         for size in ddp_buckets(groups.profile.parameters, cap):
-            yield _call("all_reduce", "dp_replicate", point.world, size, "gradients"), 1
+            yield call_of("all_reduce", "dp_replicate", point.world, size, "gradients"), 1
         return
     sizes = groups.sizes(point.shard)
     compute = PRECISIONS[point.precision].compute_bytes
     once = 1 if point.kept else point.accumulation
     for elements in (*sizes.blocks, sizes.root):
-        yield _call("all_gather", "dp_shard", point.shard, compute * elements, "parameters"), once
+        yield call_of("all_gather", "dp_shard", point.shard, compute * elements, "parameters"), once
     for elements in () if point.kept else sizes.blocks:
         again = point.secondary or point.shard
-        yield _call("all_gather", "dp_shard", again, compute * elements, "parameters"), point.accumulation
+        yield call_of("all_gather", "dp_shard", again, compute * elements, "parameters"), point.accumulation
     for elements in (*sizes.block_gradients, sizes.root_gradients):
         size = MASTER_BYTES * elements
-        yield _call("reduce_scatter", "dp_shard", point.shard, size, "gradients"), gradient_reductions(point)
-        yield _call("all_reduce", "dp_replicate", point.replicas, size // point.shard, "gradients"), 1
-    yield _call("all_reduce", "dp_shard", point.shard, MASTER_BYTES * sizes.tensors, "grad_norm"), 1
+        yield call_of("reduce_scatter", "dp_shard", point.shard, size, "gradients"), gradient_reductions(point)
+        yield call_of("all_reduce", "dp_replicate", point.replicas, size // point.shard, "gradients"), 1
+    yield call_of("all_reduce", "dp_shard", point.shard, MASTER_BYTES * sizes.tensors, "grad_norm"), 1
 
 
 def _flat(point: Point, groups: Groups) -> Iterator[tuple[Collective, int]]:
@@ -99,15 +104,17 @@ def _flat(point: Point, groups: Groups) -> Iterator[tuple[Collective, int]]:
     )
     for send, count in sends.items():
         size = layout.sizes[send.axis]
-        yield _call(send.kind, axis_name(send.axis), size, send.bytes, send.purpose), count
+        yield call_of(send.kind, axis_name(send.axis), size, send.bytes, send.purpose), count
 
 
-def metrics_calls(point: Point) -> tuple[Collective, ...]:
+def metrics_calls(point: Point) -> Iterator[tuple[Collective, int]]:
     """What all processes sum up for the log, each once a step."""
-    return tuple(_call("all_reduce", "world", point.world, size, "metrics") for size in (COUNTS_BYTES, LOSS_BYTES))
+    for size in (COUNTS_BYTES, LOSS_BYTES):
+        yield call_of("all_reduce", "world", point.world, size, "metrics"), 1
 
 
-def _call(kind: str, axis: str, group_size: int, size: int, purpose: str) -> Collective:
+def call_of(kind: str, axis: str, group_size: int, size: int, purpose: str) -> Collective:
+    """One call."""
     return Collective.model_validate(
         {"kind": kind, "axis": axis, "group_size": group_size, "bytes": size, "count": 1, "purpose": purpose}
     )

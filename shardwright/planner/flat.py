@@ -127,6 +127,11 @@ def buckets(group: Sequence[Parameter], layout: Chain, optimizer: OptimizerSpec 
     return tuple(made)
 
 
+def trained_elements(unit: Iterable[Bucket]) -> int:
+    """Of the buckets of a unit that are trained, padding included."""
+    return sum(bucket.padded for bucket in unit if bucket.trainable)
+
+
 @dataclass(frozen=True, slots=True)
 class FlatAtRest:
     """Bytes that one rank holds after the optimizer's step, before gradients are dropped."""

@@ -92,7 +92,7 @@ class FlatGradients:
         self._sum_degree = degree(layout.gradients)
         self._end_degree = degree(layout.optimizer_states) if last else self._sum_degree
         hops = len(layout.sizes) if last else layout.gradients
-        self._hops = [_reduction(layout, axis, int4).as_integer_ratio() for axis in range(hops)]
+        self._hops = [reduction_share(layout, axis, int4).as_integer_ratio() for axis in range(hops)]
         packed = [axis in int4 and axis < layout.optimizer_states for axis in range(hops)]
         self.packs = any(packed)
         """Whether any hop has fewer bits."""
@@ -181,7 +181,7 @@ def _largest(units: Sequence[int], shares: Sequence[Share]) -> int:
     return max((_part(size, share) for size, share in zip(units, shares, strict=False)), default=0)
 
 
-def _reduction(layout: Chain, axis: int, int4: Collection[int]) -> Fraction:
+def reduction_share(layout: Chain, axis: int, int4: Collection[int]) -> Fraction:
     """What the hop over an axis holds, as a part of the whole buffer."""
     if axis >= layout.optimizer_states:
         return Fraction(1, layout.degree(layout.optimizer_states))

@@ -22,6 +22,7 @@ from itertools import accumulate
 from typing import TypeAlias
 
 from shardwright.planner.activations import Moment, MomentName
+from shardwright.planner.flat import trained_elements
 from shardwright.planner.flat_chains import FlatGathers, FlatGradients, FlatPublishing
 from shardwright.planner.groups import Groups
 from shardwright.planner.precisions import PRECISIONS
@@ -46,7 +47,7 @@ class FlatHoldings:
         self._whole = [self._compute * sum(bucket.padded for bucket in unit) for unit in units]
         self._root = self._whole[-1] if self._sharded else 0
         self._sums = [0, *accumulate(self._whole[:-1])]
-        trained = [sum(bucket.padded for bucket in unit if bucket.trainable) for unit in units]
+        trained = [trained_elements(unit) for unit in units]
         self._forward_gathers = FlatGathers(layout, layout.parameters, self._compute, point.int8_gathers)
         self._backward_gathers = FlatGathers(layout, layout.secondary, self._compute, point.int8_gathers)
         self._gradients = FlatGradients(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import add
@@ -48,12 +48,45 @@ class Phase:
     """Whether it is the backward of a checkpointed block, which more checkpointing does not make smaller."""
 
 
-class MemoryModel:
+class Reservation:
+    """What a job's processes take of their devices and hosts for what they allocate."""
+
+    def __init__(self, job: JobSpec, profile: ModelProfile) -> None:
+        self._job, self._profile = job, profile
+        self._constants = device_constants(job.cluster.device)
+
+    def reserved(self, allocated: int) -> int:
+        """Bytes that the allocator takes from the device for a peak of `allocated` bytes."""
+        return round(allocated * (1 + self._constants.fragmentation.value))
+
+    def host_bytes(self, point: Point, allocated: int) -> int:
+        """Host memory of one node: every process, with the whole model where each builds it; CPU devices themselves."""
+        cluster = self._job.cluster
+        process = int(self._constants.host_bytes.value)
+        if cluster.device.kind == "cpu":
+            process += self.reserved(allocated)
+        elif self._profile.init == "constructor":
+            process += MASTER_BYTES * self._profile.numel + self._profile.buffer_bytes
+        return process * min(cluster.devices_per_node, point.world)
+
+    def stage(self, stage: int, phases: Sequence[Phase]) -> StageMemory:
+        """The phases of one stage as a plan has them."""
+        peak = max(phases, key=lambda phase: phase.total)
+        return StageMemory(
+            stage=stage,
+            phases=tuple(MemoryPhase(name=each.name, bytes=each.bytes, total_bytes=each.total) for each in phases),
+            peak_phase=peak.name,
+            peak_allocated_bytes=peak.total,
+            peak_reserved_bytes=self.reserved(peak.total),
+        )
+
+
+class MemoryModel(Reservation):
     """Memory of every point of one job."""
 
     def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups) -> None:
-        self._job, self._profile, self._groups = job, profile, groups
-        self._constants = device_constants(job.cluster.device)
+        super().__init__(job, profile)
+        self._groups = groups
         self._activations: Callable[[ComputeDtypeName, int], ActivationBytes] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch: ActivationBytes.of(profile, dtype, micro_batch)
         )
@@ -92,14 +125,14 @@ class MemoryModel:
                         worst[moment.name] = total, moment, held
         parameters, masters = states.initialise
         initialise = {"parameters": parameters, "optimizer_states": masters, "buffers": fixed["buffers"]}
-        sent = [_phase("publication", fixed | {"communication_buffers": states.publication})]
+        sent = [phase_of("publication", fixed | {"communication_buffers": states.publication})]
         return (
-            _phase("initialise", initialise),
+            phase_of("initialise", initialise),
             *(
-                _phase(name, fixed | _activations(moment) | held, moment.recomputes)
+                phase_of(name, fixed | _activations(moment) | held, moment.recomputes)
                 for name, (_, moment, held) in worst.items()
             ),
-            _phase("optimizer step", fixed | {"gradients": states.step}),
+            phase_of("optimizer step", fixed | {"gradients": states.step}),
             *(sent if states.publication else ()),
         )
 
@@ -107,38 +140,16 @@ class MemoryModel:
         """The largest phase: what `allocated` bytes reach."""
         return max(self.phases(point), key=lambda phase: phase.total)
 
-    def reserved(self, allocated: int) -> int:
-        """Bytes that the allocator takes from the device for a peak of `allocated` bytes."""
-        return round(allocated * (1 + self._constants.fragmentation.value))
-
-    def host_bytes(self, point: Point, allocated: int) -> int:
-        """Host memory of one node: every process, with the whole model where each builds it; CPU devices themselves."""
-        cluster = self._job.cluster
-        process = int(self._constants.host_bytes.value)
-        if cluster.device.kind == "cpu":
-            process += self.reserved(allocated)
-        elif self._profile.init == "constructor":
-            process += MASTER_BYTES * self._profile.numel + self._profile.buffer_bytes
-        return process * min(cluster.devices_per_node, point.world)
-
     def prediction(self, point: Point) -> Memory:
         """The memory section of a plan."""
-        phases = self.phases(point)
-        peak = max(phases, key=lambda phase: phase.total)
-        stage = StageMemory(
-            stage=0,
-            phases=tuple(MemoryPhase(name=each.name, bytes=each.bytes, total_bytes=each.total) for each in phases),
-            peak_phase=peak.name,
-            peak_allocated_bytes=peak.total,
-            peak_reserved_bytes=self.reserved(peak.total),
-        )
+        stage = self.stage(0, self.phases(point))
         decision = decide(point, self._job.cluster, len(self._groups.blocks))
         return Memory(
             peak_allocated_bytes=stage.peak_allocated_bytes,
             peak_reserved_bytes=stage.peak_reserved_bytes,
             stages=(stage,),
             at_rest=at_rest_bytes(decision, self._groups, self._job.train, rank=0),
-            host_bytes=self.host_bytes(point, peak.total),
+            host_bytes=self.host_bytes(point, stage.peak_allocated_bytes),
         )
 
     def at_rest_floor(self, point: Point) -> int:
@@ -193,6 +204,7 @@ def _activations(moment: Moment) -> dict[str, int]:
     return {"saved_activations": moment.saved, unit: moment.temporaries}
 
 
-def _phase(name: str, held: dict[str, int], recomputes: bool = False) -> Phase:
+def phase_of(name: str, held: Mapping[str, int], recomputes: bool = False) -> Phase:
+    """A phase with the bytes that it holds of each category."""
     nonzero = {category: held[category] for category in CATEGORIES if held.get(category)}
     return Phase(name, nonzero, sum(nonzero.values()), recomputes)

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from shardwright.planner import flat
 from shardwright.planner.engines import ENGINES
-from shardwright.planner.flat import Bucket, Chain
+from shardwright.planner.flat import Bucket, Chain, trained_elements
 from shardwright.planner.flat_chains import FlatPublishing
 from shardwright.planner.groups import Groups
 from shardwright.planner.optimizers import OPTIMIZERS
@@ -69,7 +69,7 @@ def _flat(point: Point, groups: Groups, job: JobSpec) -> StateBytes:
     layout, compute = point.chain, PRECISIONS[point.precision].compute_bytes
     units = groups.flat(layout, job.train.optimizer)
     held = flat.at_rest(layout, units, compute, rank=0)
-    trained = [sum(bucket.padded for bucket in unit if bucket.trainable) for unit in units]
+    trained = [trained_elements(unit) for unit in units]
     whole = [compute * sum(bucket.padded for bucket in unit) for unit in units]
     return StateBytes(
         parameters=held.parameters,

@@ -78,7 +78,7 @@ def _cuts(predictor: Predictor, chosen: Candidate) -> str:
     assert pipe is not None, "only pipelines are cut"
     costs = predictor.pipelines.costs.costs(chosen.point)
     times = [sum(each) for each in zip(costs.forward, costs.input_gradient, costs.weight_gradient, strict=True)]
-    sizes = [len(pipe.blocks(stage, block_count(predictor.profile))) for stage in range(pipe.layout.stages)]
+    sizes = pipe.sizes(block_count(predictor.profile))
     blocks = (
         f"{min(sizes)} to {max(sizes)} blocks"
         if min(sizes) < max(sizes)

@@ -60,6 +60,10 @@ class Pipe:
         ends = (0, *self.cuts, of)
         return range(ends[stage], ends[stage + 1])
 
+    def sizes(self, of: int) -> tuple[int, ...]:
+        """How many blocks each stage has."""
+        return tuple(len(self.blocks(stage, of)) for stage in range(self.layout.stages))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
@@ -156,13 +160,13 @@ def permitted_blocks(job: JobSpec, blocks: int) -> tuple[int, ...]:
     return tuple(sorted(value for value in wanted if value <= blocks))
 
 
-def micro_batches(job: JobSpec) -> tuple[int, ...]:
-    """Micro-batch sizes that divide what one device trains on in a step, smallest first; none where devices would not
-    train on equally much."""
-    per_device, rest = divmod(job.train.global_batch_sequences, job.cluster.world_size)
+def micro_batches(job: JobSpec, copies: int) -> tuple[int, ...]:
+    """Micro-batch sizes that divide what one of so many copies of the model trains on in a step, smallest first; none
+    where they would not train on equally much."""
+    share, rest = divmod(job.train.global_batch_sequences, copies)
     if rest:
         return ()
-    return tuple(size for size in divisors(per_device) if permits(job.strategy.micro_batch, size))
+    return tuple(size for size in divisors(share) if permits(job.strategy.micro_batch, size))
 
 
 def profiled(profile: ModelProfile, precision: Precision) -> bool:
@@ -208,7 +212,7 @@ def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
     for precision in permitted_precisions(job):
         if not profiled(profile, precision):
             continue
-        for micro_batch in micro_batches(job):
+        for micro_batch in micro_batches(job, world):
             accumulation = job.train.global_batch_sequences // (world * micro_batch)
             stock: set[tuple[object, ...]] = set()
             for name in engines:
@@ -219,15 +223,23 @@ def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
                         stock.add(layout.states)
                     elif layout.states in stock and not layout.quantized:
                         continue
-                    yield _point(name, world, layout, micro_batch, accumulation, precision)
+                    yield laid_out(name, world, layout, micro_batch, accumulation, precision)
 
 
-def _point(
-    name: EngineName, world: int, layout: Layout, micro_batch: int, accumulation: int, precision: Precision
+def laid_out(
+    name: EngineName,
+    world: int,
+    layout: Layout,
+    micro_batch: int,
+    accumulation: int,
+    precision: Precision,
+    pipe: Pipe | None = None,
 ) -> Point:
+    """The point with a layout, nothing checkpointed."""
     return Point(
         engine=name,
         world=world,
+        pipe=pipe,
         shard=layout.parameters,
         optimizer_degree=layout.optimizer_states,
         gradient_degree=layout.gradients,
@@ -274,16 +286,7 @@ def point_of(decision: Decision) -> Point:
     flat, pipeline = ENGINES[decision.engine.name].flat, decision.pipeline
     pipe = None
     if pipeline.schedule != "none":
-        pipe = Pipe(
-            ranks=pipeline.ranks,
-            chunks=pipeline.chunks,
-            placement=pipeline.placement,
-            schedule=pipeline.schedule,
-            cuts=pipeline.cuts,
-            checkpointed=pipeline.checkpointed,
-            activation_limits=pipeline.activation_limits,
-            late_step=pipeline.late_step,
-        )
+        pipe = Pipe(**dict(pipeline))
         names = [name for name in names if name != PIPELINE_AXIS]
     return Point(
         engine=decision.engine.name,

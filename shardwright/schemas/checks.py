@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -175,9 +175,7 @@ def _pipeline(job: JobSpec) -> Iterator[Diagnostic]:
                 if world % size
                 else f"the {world // size} devices of each of {size} stages do not fill the cluster's levels evenly"
             )
-            below = [each for each in valid if each < size][-1:]
-            above = [each for each in valid if each > size][:1]
-            nearest_two = join([str(each) for each in below + above], "or")
+            nearest_two = join([str(each) for each in neighbours(valid, size)], "or")
             yield Diagnostic(key=f"strategy.pp.{index}", message=why, suggestion=f"write {nearest_two}")
     if pinned and 1 not in pinned and not permits(strategy.engine, "amsp"):
         permitted = join([f"`{name}`" for name in strategy.engine], "and")
@@ -348,3 +346,8 @@ def shard_degrees(cluster: ClusterSpec) -> tuple[int, ...]:
 def divisors(number: int) -> tuple[int, ...]:
     """The whole numbers that divide a number, smallest first."""
     return tuple(part for part in range(1, number + 1) if number % part == 0)
+
+
+def neighbours(valid: Sequence[int], number: int) -> list[int]:
+    """Of valid numbers, ascending, the one before a number and the one behind."""
+    return [each for each in valid if each < number][-1:] + [each for each in valid if each > number][:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.space import Pipe, Point
 
 
@@ -16,6 +17,19 @@ def pipe(**changes: object) -> Pipe:
         "checkpointed": (0, 0),
     }
     return Pipe(**{**usual, **changes})  # type: ignore[arg-type]
+
+
+def pipe_of_family(name: str) -> Pipe:
+    """Eight blocks on two ranks, as many on each stage, the first of each checkpointed."""
+    family = SCHEDULES[name]
+    stages = 2 * family.chunks
+    return pipe(
+        schedule=name,
+        chunks=family.chunks,
+        placement=family.placement,
+        cuts=tuple(8 * (stage + 1) // stages for stage in range(stages - 1)),
+        checkpointed=(1,) * stages,
+    )
 
 
 def point(of: Pipe, **changes: object) -> Point:

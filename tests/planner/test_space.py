@@ -99,8 +99,8 @@ def test_only_what_was_profiled_is_considered() -> None:
 
 
 def test_micro_batches_are_divisors() -> None:
-    assert micro_batches(job(gpu_cluster(), batch=96)) == (1, 2, 3, 4, 6, 12)
-    assert micro_batches(job(gpu_cluster(), batch=12)) == ()
+    assert micro_batches(job(gpu_cluster(), batch=96), 8) == (1, 2, 3, 4, 6, 12)
+    assert micro_batches(job(gpu_cluster(), batch=12), 8) == ()
 
 
 def test_numbers_of_checkpointed_blocks() -> None:

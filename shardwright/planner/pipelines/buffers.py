@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from fractions import Fraction
 
-from shardwright.planner.flat import Bucket, Chain
-from shardwright.planner.flat_chains import FlatGathers, message_share
+from shardwright.planner.flat import Bucket, Chain, trained_elements
+from shardwright.planner.flat_chains import FlatGathers, reduction_share
+from shardwright.planner.pipelines.owners import by_stage
 from shardwright.planner.precisions import MASTER_BYTES
 from shardwright.planner.schedules.lowering import Program
 
@@ -24,12 +24,8 @@ class UnitSizes:
     """Of the units of one rank, in elements and bytes."""
 
     def __init__(self, stages: Sequence[tuple[int, ...]], units: Sequence[Sequence[Bucket]], element: int) -> None:
-        self.of_stage: dict[int, list[int]] = {}
-        """The units of each stage."""
-        for unit, users in enumerate(stages):
-            for stage in users:
-                self.of_stage.setdefault(stage, []).append(unit)
-        self.trained = [sum(bucket.padded for bucket in unit if bucket.trainable) for unit in units]
+        self.of_stage = by_stage(stages)
+        self.trained = [trained_elements(unit) for unit in units]
         self.gradients = [MASTER_BYTES * elements for elements in self.trained]
         """Of whole buffers."""
         self.whole = [element * sum(bucket.padded for bucket in unit) for unit in units]
@@ -41,7 +37,7 @@ class Gradients:
 
     def __init__(self, sizes: UnitSizes, layout: Chain, int4: Collection[int], program: Program) -> None:
         self._sizes, self._layout = sizes, layout
-        self._holds = [float(_hop(layout, axis, int4)) for axis in range(len(layout.sizes))]
+        self._holds = [float(reduction_share(layout, axis, int4)) for axis in range(len(layout.sizes))]
         self._left = Counter(
             unit for step in program if step.kind == "REDUCE" for unit in sizes.of_stage.get(step.stage, ())
         )
@@ -126,16 +122,6 @@ class Gathered:
     def _count(self) -> None:
         extra = max((self._more[unit] for unit in self._whole), default=0)
         self.bytes = sum(self._sizes.whole[unit] for unit in self._whole) + max(0, extra)
-
-
-def _hop(layout: Chain, axis: int, int4: Collection[int]) -> Fraction:
-    """What the hop of a reduction over an axis holds, as a part of the whole buffer."""
-    if axis >= layout.optimizer_states:
-        return Fraction(1, layout.degree(layout.optimizer_states))
-    reads = Fraction(1, layout.degree(axis))
-    if axis in int4:
-        return reads + 2 * reads * message_share(4) / MASTER_BYTES
-    return reads + Fraction(1, layout.degree(axis + 1))
 
 
 def building(

@@ -81,7 +81,7 @@ def divide(price: Price, units: int, stages: int, ends: Sequence[int]) -> tuple[
     if best is None:
         return None
     high = _slowest(price, best)
-    while high > low * (1 + CLOSE) and high - low > 0:
+    while high > low * (1 + CLOSE):
         middle = (low + high) / 2
         found = _within(middle, price, stages, permitted)
         if found is None:
@@ -200,10 +200,6 @@ class Allowance:
     """Micro-batches of this stage alone."""
     room: float
     """Bytes for its states and activations."""
-    most: int | None = None
-    """Blocks that may be recomputed at most; None for all."""
-    all: bool = False
-    """Whether all have to be."""
 
 
 def stage_price(weights: Weights, allowances: Sequence[Allowance]) -> Price:
@@ -227,13 +223,10 @@ def stage_price(weights: Weights, allowances: Sequence[Allowance]) -> Price:
             kept = saved[last] - saved[first] - (saved[middle] - saved[begin]) + (inputs[middle] - inputs[begin])
             return active * kept <= room
 
-        most = blocks if allowed.most is None else min(blocks, allowed.most)
-        if allowed.all or not blocks:
-            return plain + again[last] - again[first] if fits(blocks) else inf
         if fits(0):
             return plain
-        count = bisect_left(range(1, most + 1), True, key=fits) + 1
-        return plain + again[begin + count] - again[begin] if count <= most else inf
+        count = bisect_left(range(1, blocks + 1), True, key=fits) + 1
+        return plain + again[begin + count] - again[begin] if count <= blocks else inf
 
     return price
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from shardwright.planner.pipelines.space import family_of, permitted_cuts, placement_of, refused_cuts
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.space import Pipe, block_count, point_of
-from shardwright.schemas.checks import shard_degrees
+from shardwright.schemas.checks import neighbours, pipeline_sizes
 from shardwright.schemas.diagnostics import Diagnostic
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Decision, Pipeline
@@ -40,8 +40,8 @@ def _left_over(pipeline: Pipeline) -> Iterator[Diagnostic]:
 
 
 def _ranks(job: JobSpec, decision: Decision, pipe: Pipe) -> Iterator[Diagnostic]:
-    world, degrees = job.cluster.world_size, shard_degrees(job.cluster)
-    valid = [world // copies for copies in reversed(degrees) if copies < world]
+    world = job.cluster.world_size
+    valid = [size for size in pipeline_sizes(job.cluster) if size > 1]
     if pipe.ranks not in valid:
         message = (
             f"the cluster's {world} devices do not divide into pipelines of {pipe.ranks}, copies on fastest levels"
@@ -91,13 +91,8 @@ def _cuts(profile: ModelProfile, pipe: Pipe) -> Iterator[Diagnostic]:
     for index, cut in enumerate(pipe.cuts):
         if cut not in permitted:
             why = refused_cuts(profile) or "the profile knows of no cut there"
-            near = ", ".join(map(str, _nearest(permitted, cut)))
+            near = ", ".join(map(str, neighbours(permitted, cut)))
             yield _wrong(f"cuts.{index}", f"the model cannot be cut after {cut} blocks: {why}", f"write {near}")
-
-
-def _nearest(permitted: Sequence[int], cut: int) -> list[int]:
-    """The permitted cut before and the one behind."""
-    return [each for each in permitted if each < cut][-1:] + [each for each in permitted if each > cut][:1]
 
 
 def _checkpointed(profile: ModelProfile, decision: Decision, pipe: Pipe) -> Iterator[Diagnostic]:
@@ -107,8 +102,8 @@ def _checkpointed(profile: ModelProfile, decision: Decision, pipe: Pipe) -> Iter
         yield _wrong("checkpointed", message, f"write {stages} numbers")
         return
     if len(pipe.cuts) == stages - 1:
-        for stage, count in enumerate(pipe.checkpointed):
-            size = len(pipe.blocks(stage, block_count(profile)))
+        sizes = pipe.sizes(block_count(profile))
+        for stage, (count, size) in enumerate(zip(pipe.checkpointed, sizes, strict=True)):
             if not 0 <= count <= size:
                 message = f"stage {stage} has {size} blocks, of which {count} are to be recomputed"
                 yield _wrong(f"checkpointed.{stage}", message, f"write a number from 0 to {size}")

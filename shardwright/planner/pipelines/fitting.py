@@ -82,7 +82,7 @@ class Fitting:
             return None
         most = self._totals[-1] if self._totals else 0
         counts = []
-        for size in _sizes(pipe_of(plain), self._blocks):
+        for size in pipe_of(plain).sizes(self._blocks):
             counts.append(min(size, most))
             most -= counts[-1]
         return _recomputing(plain, counts)
@@ -167,7 +167,7 @@ class Fitting:
         pipe = pipe_of(point)
         needed = sum(pipe.checkpointed)
         total = next((each for each in self._totals if each >= needed), None)
-        sizes, counts = _sizes(pipe, self._blocks), list(pipe.checkpointed)
+        sizes, counts = pipe.sizes(self._blocks), list(pipe.checkpointed)
         if total is None:
             return None
         for _ in range(total - needed):
@@ -179,15 +179,18 @@ class Fitting:
     # --- where it is cut --------------------------------------------------------------------------------------------
 
     def _cut_by_time(self, precision: Precision, micro_batch: int, stages: int) -> tuple[int, ...] | None:
-        seconds = self._costs.segments(precision, micro_batch).seconds
-        sums = [0.0, *accumulate(seconds)]
-        ends = divide(lambda stage, first, last: sums[last] - sums[first], len(seconds), stages, self._ends)
-        return None if ends is None else tuple(end - 1 for end in ends)
+        sums = [0.0, *accumulate(self._costs.segments(precision, micro_batch).seconds)]
+        return self._divided(lambda stage, first, last: sums[last] - sums[first], stages)
 
     def _cut_again(self, point: Point, moments: Sequence[Sequence[Held]]) -> Point | None:
         """[Note: cutting again]."""
-        cuts = divide(self._price(point, moments), self._blocks + 2, pipe_of(point).layout.stages, self._ends)
-        return None if cuts is None else _cut(point, tuple(end - 1 for end in cuts))
+        cuts = self._divided(self._price(point, moments), pipe_of(point).layout.stages)
+        return None if cuts is None else _cut(point, cuts)
+
+    def _divided(self, price: Price, stages: int) -> tuple[int, ...] | None:
+        """Cuts as a pipeline has them: numbers of blocks."""
+        ends = divide(price, self._blocks + 2, stages, self._ends)
+        return None if ends is None else tuple(end - 1 for end in ends)
 
     def _price(self, point: Point, moments: Sequence[Sequence[Held]]) -> Price:
         """Of stages that may each hold as much as their rank of this point does beside what states take."""
@@ -248,11 +251,6 @@ def bytes_an_element(point: Point, job: JobSpec) -> float:
     masters = MASTER_BYTES if compute < MASTER_BYTES else 0
     moments = 2 * MASTER_BYTES if job.train.optimizer.name == "adamw" else MASTER_BYTES
     return compute / point.shard + (masters + moments) / point.optimizer_degree + MASTER_BYTES / point.gradient_degree
-
-
-def _sizes(pipe: Pipe, blocks: int) -> tuple[int, ...]:
-    """Blocks of each stage."""
-    return tuple(len(pipe.blocks(stage, blocks)) for stage in range(pipe.layout.stages))
 
 
 def _cut(point: Point, cuts: tuple[int, ...]) -> Point:

@@ -6,25 +6,23 @@ It is counted as [Note: memory of a rank] in walk.py has it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
-from shardwright.planner import flat
-from shardwright.planner.constants import device_budget, device_constants
+from shardwright.planner.constants import device_budget
 from shardwright.planner.flat import FlatAtRest
 from shardwright.planner.groups import Groups
-from shardwright.planner.memory import CATEGORIES, Phase
+from shardwright.planner.memory import Phase, Reservation, phase_of
 from shardwright.planner.pipelines.costs import WHOLE_BACKWARD, PipelineCosts, pipe_of, recomputed_segments
-from shardwright.planner.pipelines.owners import stage_segments
+from shardwright.planner.pipelines.owners import placed, stage_segments, without_schedule
 from shardwright.planner.pipelines.schedule import Schedules
 from shardwright.planner.pipelines.states import RankStates, optimizer_bytes, rank_states
 from shardwright.planner.pipelines.walk import IN_FLIGHT, Walk
 from shardwright.planner.pipelines.working import Working, WorkingSets
-from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
 from shardwright.planner.space import Point
 from shardwright.schemas.job import JobSpec
-from shardwright.schemas.plan import Memory, MemoryPhase, StageMemory
+from shardwright.schemas.plan import Memory
 from shardwright.schemas.profile import ModelProfile
 
 RECEIVED = 2
@@ -38,15 +36,14 @@ _NAMES = {
 }
 
 
-class PipelineMemory:
+class PipelineMemory(Reservation):
     """Memory of every pipeline of one job."""
 
     def __init__(
         self, job: JobSpec, profile: ModelProfile, groups: Groups, costs: PipelineCosts, schedules: Schedules
     ) -> None:
-        self._job, self._profile, self._groups = job, profile, groups
+        super().__init__(job, profile)
         self._costs, self._schedules = costs, schedules
-        self._fragmentation = device_constants(job.cluster.device).fragmentation.value
         self._budget = device_budget(job.cluster, job.budget.device_memory)
         self._working_sets = WorkingSets(profile, groups)
         self._states: Callable[[Point, int], RankStates] = lru_cache(maxsize=100_000)(
@@ -73,18 +70,13 @@ class PipelineMemory:
         """That of the fullest rank."""
         return max(self.peaks(point), key=lambda phase: phase.total)
 
-    def reserved(self, allocated: int) -> int:
-        """As `MemoryModel.reserved`."""
-        return round(allocated * (1 + self._fragmentation))
-
     def kept(self, point: Point) -> tuple[int, ...]:
         """Of every rank what a late step keeps until the first backward of the next one, gradients included."""
         return tuple(sum(_kept(self._states(_states_of(point), rank)).values()) for rank in range(pipe_of(point).ranks))
 
-    def at_rest(self, point: Point, rank: int, member: int = 0) -> FlatAtRest:
-        """The states of one of the processes that have this rank's stages, after the optimizer's step."""
-        units = self._costs.owners.flat(pipe_of(point), rank, point.chain, self._job.train.optimizer)
-        return flat.at_rest(point.chain, units, PRECISIONS[point.precision].compute_bytes, member)
+    def at_rest(self, point: Point, rank: int) -> FlatAtRest:
+        """The states of the fullest of the processes that have this rank's stages, after the optimizer's step."""
+        return self._states(_states_of(point), rank).at_rest
 
     def room(self, point: Point, rank: int) -> int:
         """Bytes of the device budget that are left for the activations of micro-batches in flight, as `Costs` counts
@@ -107,13 +99,13 @@ class PipelineMemory:
             + needs
             + self._messages_at_most(point, rank)
         )
-        allocated = int(self._budget / (1 + self._fragmentation))
+        allocated = int(self._budget / (1 + self._constants.fragmentation.value))
         floor = max(sum(states.initialise), sum(states.fixed.values()) + states.kept + states.publication)
         return min(allocated - rest, -1) if floor > allocated else allocated - rest
 
     def prediction(self, point: Point) -> Memory:
         """The memory section of a plan, with a stage for each rank."""
-        stages = tuple(self._stage(point, rank) for rank in range(pipe_of(point).ranks))
+        stages = tuple(self.stage(rank, self.phases(point, rank)) for rank in range(pipe_of(point).ranks))
         fullest = max(stages, key=lambda stage: stage.peak_allocated_bytes)
         held = self.at_rest(point, fullest.stage)
         return Memory(
@@ -127,16 +119,6 @@ class PipelineMemory:
             },
             host_bytes=self.host_bytes(point, fullest.peak_allocated_bytes),
         )
-
-    def host_bytes(self, point: Point, allocated: int) -> int:
-        """As `MemoryModel.host_bytes`."""
-        cluster = self._job.cluster
-        process = int(device_constants(cluster.device).host_bytes.value)
-        if cluster.device.kind == "cpu":
-            process += self.reserved(allocated)
-        elif self._profile.init == "constructor":
-            process += MASTER_BYTES * self._profile.numel + self._profile.buffer_bytes
-        return process * min(cluster.devices_per_node, point.world)
 
     def at_rest_floor(self, point: Point) -> int:
         """Bytes that the fullest rank's peak is never below, at little cost: states at rest with whole gradients, and
@@ -186,17 +168,6 @@ class PipelineMemory:
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
-    def _stage(self, point: Point, rank: int) -> StageMemory:
-        phases = self.phases(point, rank)
-        peak = max(phases, key=lambda phase: phase.total)
-        return StageMemory(
-            stage=rank,
-            phases=tuple(MemoryPhase(name=each.name, bytes=each.bytes, total_bytes=each.total) for each in phases),
-            peak_phase=peak.name,
-            peak_allocated_bytes=peak.total,
-            peak_reserved_bytes=self.reserved(peak.total),
-        )
-
     def _phases(self, point: Point, rank: int) -> tuple[Phase, ...]:
         states, pipe = self._states(_states_of(point), rank), pipe_of(point)
         walk = Walk(
@@ -211,14 +182,16 @@ class PipelineMemory:
         fixed = states.fixed
         parameters, masters = states.initialise
         stepping = fixed | {"optimizer_states": fixed["optimizer_states"] + states.kept}
-        sent = [_phase("publication", stepping | {"communication_buffers": states.publication})]
+        sent = [phase_of("publication", stepping | {"communication_buffers": states.publication})]
         return (
-            _phase("initialise", {"parameters": parameters, "optimizer_states": masters, "buffers": fixed["buffers"]}),
+            phase_of(
+                "initialise", {"parameters": parameters, "optimizer_states": masters, "buffers": fixed["buffers"]}
+            ),
             *(
-                _phase(_NAMES[kind], Counter(fixed) + Counter(held), recomputes)
+                phase_of(_NAMES[kind], Counter(fixed) + Counter(held), recomputes)
                 for kind, (_, held, recomputes) in walk.run().items()
             ),
-            _phase("optimizer step", stepping | {"gradients": states.at_rest.gradients}),
+            phase_of("optimizer step", stepping | {"gradients": states.at_rest.gradients}),
             *(sent if states.publication else ()),
         )
 
@@ -230,15 +203,9 @@ def _kept(states: RankStates) -> dict[str, int]:
 
 def _states_of(point: Point) -> Point:
     """The same for all points of which a rank has the same states."""
-    pipe = replace(pipe_of(point), schedule="1f1b", activation_limits=(), checkpointed=())
-    return replace(point, pipe=pipe, kept=None, secondary=None, int8_gathers=point.int8_gathers)
+    return replace(point, pipe=placed(pipe_of(point)), kept=None, secondary=None)
 
 
 def _working_of(point: Point) -> Point:
     """The same for all points whose actions need the same."""
-    return replace(point, pipe=replace(pipe_of(point), schedule="1f1b", activation_limits=()))
-
-
-def _phase(name: str, held: Mapping[str, int], recomputes: bool = False) -> Phase:
-    nonzero = {category: held[category] for category in CATEGORIES if held.get(category)}
-    return Phase(name, nonzero, sum(nonzero.values()), recomputes)
+    return replace(point, pipe=without_schedule(pipe_of(point)))

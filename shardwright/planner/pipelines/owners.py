@@ -45,6 +45,20 @@ def without_schedule(pipe: Pipe) -> Pipe:
     return replace(pipe, schedule="1f1b", activation_limits=())
 
 
+def placed(pipe: Pipe) -> Pipe:
+    """The same for all pipelines that have the same stages on the same ranks."""
+    return replace(without_schedule(pipe), checkpointed=())
+
+
+def by_stage(stages: Sequence[tuple[int, ...]]) -> dict[int, list[int]]:
+    """The units of each stage; `stages` are those of each unit."""
+    made: dict[int, list[int]] = {}
+    for unit, users in enumerate(stages):
+        for stage in users:
+            made.setdefault(stage, []).append(unit)
+    return made
+
+
 class Owners:
     """Of every stage its parameters."""
 
@@ -69,7 +83,7 @@ class Owners:
 
     def units(self, pipe: Pipe, rank: int) -> tuple[StateUnit, ...]:
         """Of a rank: those of its blocks in order, the roots of its stages, and what it has in common with others."""
-        return self._units(_placed(pipe), rank)
+        return self._units(placed(pipe), rank)
 
     def flat(
         self, pipe: Pipe, rank: int, layout: Chain, optimizer: OptimizerSpec = PLAIN
@@ -121,11 +135,6 @@ class Owners:
             for each in self.profile.parameters
             if each.trainable and any(segment in segments for segment in self._segments[each.name])
         )
-
-
-def _placed(pipe: Pipe) -> Pipe:
-    """The same for all pipelines that have the same stages on the same ranks."""
-    return replace(pipe, schedule="1f1b", activation_limits=(), checkpointed=())
 
 
 def _lies_in(parameter: Parameter, path: str) -> bool:

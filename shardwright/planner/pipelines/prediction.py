@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES, metrics_calls
-from shardwright.planner.flat import Send, copy_sends, gather_sends, reduce_sends
+from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES, call_of, merged, metrics_calls
+from shardwright.planner.flat import Send, copy_sends, gather_sends, reduce_sends, trained_elements
 from shardwright.planner.groups import Groups
 from shardwright.planner.pipelines.costs import PipelineCosts, pipe_of
 from shardwright.planner.pipelines.memory import PipelineMemory
@@ -66,18 +66,11 @@ class Pipelines:
 
     def collectives(self, point: Point, rank: int) -> tuple[Collective, ...]:
         """Every collective and message of one process with this rank's stages in one step, merged where equal."""
-        calls: Counter[Collective] = Counter()
-        for call in (
-            *self._states(point, rank),
-            *self._messages(point, rank),
-            *(self._late(point) if pipe_of(point).late_step else self._norm(point)),
-            *(() if pipe_of(point).late_step else metrics_calls(point)),
-        ):
-            if call.bytes and call.group_size > 1:
-                calls[call.model_copy(update={"count": 1})] += call.count
-        return tuple(call.model_copy(update={"count": count}) for call, count in calls.items())
+        late = pipe_of(point).late_step
+        ends = self._late(point) if late else (*self._norm(point), *metrics_calls(point))
+        return merged((*self._states(point, rank), *self._messages(point, rank), *ends))
 
-    def _states(self, point: Point, rank: int) -> Iterator[Collective]:
+    def _states(self, point: Point, rank: int) -> Iterator[tuple[Collective, int]]:
         """Parameters and gradients, as the rank's program has them, and the sums of tied gradients."""
         pipe, layout = pipe_of(point), point.chain
         element = PRECISIONS[point.precision].compute_bytes
@@ -101,38 +94,32 @@ class Pipelines:
                         sends[send] += 1
                 for send, count in sends.items():
                     size = layout.sizes[send.axis]
-                    yield _call(send.kind, axis_name(send.axis), size, send.bytes, count, send.purpose)
-            own = sum(bucket.padded for bucket in of if bucket.trainable) // point.optimizer_degree
+                    yield call_of(send.kind, axis_name(send.axis), size, send.bytes, send.purpose), count
+            own = trained_elements(of) // point.optimizer_degree
             if len(unit.ranks) > 1:
-                yield _call("all_reduce", PIPELINE_AXIS, len(unit.ranks), MASTER_BYTES * own, 1, "gradients")
+                yield call_of("all_reduce", PIPELINE_AXIS, len(unit.ranks), MASTER_BYTES * own, "gradients"), 1
 
-    def _messages(self, point: Point, rank: int) -> Iterator[Collective]:
+    def _messages(self, point: Point, rank: int) -> Iterator[tuple[Collective, int]]:
         sizes = self.costs.messages(point)
         for kind, stage, _, peer in self.schedules.programs(point)[rank]:
             if kind.startswith("SEND"):
                 size = sizes[min(stage, peer), max(stage, peer)]
-                yield _call("send", PIPELINE_AXIS, pipe_of(point).ranks, size, 1, "activations")
+                yield call_of("send", PIPELINE_AXIS, pipe_of(point).ranks, size, "activations"), 1
 
-    def _norm(self, point: Point) -> Iterator[Collective]:
+    def _norm(self, point: Point) -> Iterator[tuple[Collective, int]]:
         layout = point.chain
         for axis in range(layout.optimizer_states):
-            yield _call("all_reduce", axis_name(axis), layout.sizes[axis], MASTER_BYTES, 1, "grad_norm")
-        yield _call("all_reduce", PIPELINE_AXIS, pipe_of(point).ranks, MASTER_BYTES, 1, "grad_norm")
+            yield call_of("all_reduce", axis_name(axis), layout.sizes[axis], MASTER_BYTES, "grad_norm"), 1
+        yield call_of("all_reduce", PIPELINE_AXIS, pipe_of(point).ranks, MASTER_BYTES, "grad_norm"), 1
 
-    def _late(self, point: Point) -> Iterator[Collective]:
+    def _late(self, point: Point) -> Iterator[tuple[Collective, int]]:
         """The norm and the metrics where nobody waits for them: what every process needs at once is summed among those
         with the same stages, all else over the world."""
         layout = point.chain
         for axis, size in enumerate(layout.sizes):
-            yield _call("all_reduce", axis_name(axis), size, COUNT_BYTES, 1, "metrics")
+            yield call_of("all_reduce", axis_name(axis), size, COUNT_BYTES, "metrics"), 1
         for axis in range(layout.optimizer_states):
-            yield _call("all_reduce", axis_name(axis), layout.sizes[axis], MASTER_BYTES, 1, "grad_norm")
-        yield _call("all_reduce", "world", point.world, MASTER_BYTES, 1, "grad_norm")
+            yield call_of("all_reduce", axis_name(axis), layout.sizes[axis], MASTER_BYTES, "grad_norm"), 1
+        yield call_of("all_reduce", "world", point.world, MASTER_BYTES, "grad_norm"), 1
         for size in (REQUESTS_BYTES, LOSS_BYTES):
-            yield _call("all_reduce", "world", point.world, size, 1, "metrics")
-
-
-def _call(kind: str, axis: str, group_size: int, size: int, count: int, purpose: str) -> Collective:
-    return Collective.model_validate(
-        {"kind": kind, "axis": axis, "group_size": group_size, "bytes": size, "count": count, "purpose": purpose}
-    )
+            yield call_of("all_reduce", "world", point.world, size, "metrics"), 1

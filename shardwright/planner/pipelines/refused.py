@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from shardwright.planner.pipelines.space import (
     chunk_numbers,
     job_schedules,
-    micro_batches,
     numbers_of_ranks,
     permitted_cuts,
     placement_of,
@@ -17,6 +16,7 @@ from shardwright.planner.relax import pins, without
 from shardwright.planner.schedules.families.family import Family
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.schedules.timetable import Layout
+from shardwright.planner.space import micro_batches
 from shardwright.schemas.checks import permits_no_pipeline
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import ModelProfile

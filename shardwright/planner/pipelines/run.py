@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardwright.planner.flat_lanes import Communication, Hops
+from shardwright.planner.pipelines.owners import by_stage
 from shardwright.planner.schedules.lowering import Edge, Program, Step
 from shardwright.planner.schedules.timetable import Costs
 
@@ -116,7 +117,7 @@ class PipelineRun:
         both = [one + other for one, other in zip(costs.input_gradient, costs.weight_gradient, strict=True)]
         self._durations = {"F": costs.forward, "I": costs.input_gradient, "W": costs.weight_gradient, "B": both}
         self._ranks = [RankRun(wires=[0.0] * wires) for _ in programs]
-        self._units = [_by_stage(load.stages) for load in loads]
+        self._units = [by_stage(load.stages) for load in loads]
         self._reductions = [
             Counter(unit for kind, stage, *_ in program if kind == "REDUCE" for unit in units.get(stage, ()))
             for program, units in zip(programs, self._units, strict=True)
@@ -224,11 +225,3 @@ class PipelineRun:
             for hops in sends.last_reductions if last else sends.reductions:
                 state.advance()
                 state.reducing += state.issue([hops], add)
-
-
-def _by_stage(stages: Sequence[tuple[int, ...]]) -> dict[int, list[int]]:
-    made: dict[int, list[int]] = {}
-    for unit, users in enumerate(stages):
-        for stage in users:
-            made.setdefault(stage, []).append(unit)
-    return made

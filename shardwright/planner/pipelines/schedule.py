@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeAlias
 
 from shardwright.planner.pipelines.costs import PipelineCosts, pipe_of
 from shardwright.planner.schedules.lowering import Edge, Gathers, Program, lower
-from shardwright.planner.schedules.simulator import Simulation, simulate
-from shardwright.planner.schedules.table import make_schedule
+from shardwright.planner.schedules.simulator import Simulation
+from shardwright.planner.schedules.table import SCHEDULES, simulated_schedule
 from shardwright.planner.schedules.timetable import Costs, Layout, Timetable
 from shardwright.planner.space import Point
 
@@ -65,10 +65,8 @@ class Schedules:
 
 
 def _make(name: str, ranks: int, chunks: int, micro_batches: int, costs: Costs, limits: tuple[int, ...]) -> Made:
-    layout, costs, timetable = make_schedule(
-        name, ranks, micro_batches, costs, memory_limit=limits or None, chunks=chunks
-    )
-    return Made(layout, costs, timetable, simulate(timetable, layout, costs))
+    made = simulated_schedule(SCHEDULES[name], ranks, chunks, micro_batches, costs, memory_limit=limits or None)
+    return Made(made.layout, made.costs, made.timetable, made)
 
 
 def _places(layout: Layout) -> list[tuple[int, int]]:

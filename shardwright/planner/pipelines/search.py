@@ -86,11 +86,10 @@ class PipelineSearch:
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
         self._points = tuple(pipelines(predictor.job, predictor.profile))
-        self._entries = tuple(self._made_entries()) if self._points else ()
-        self._results: dict[Point, Candidate] = {}
+        self._entries = tuple(self._made_entries())
+        self._results: dict[Point, Candidate | None] = {}
         self._fitted: dict[Point, Point | None] = {}
         """By the point without its axes, which make no difference but for padding."""
-        self._searched: dict[Point, Candidate | None] = {}
         self._searches: list[Candidate] | None = None
 
     @property
@@ -106,7 +105,7 @@ class PipelineSearch:
     @property
     def measured(self) -> list[Candidate]:
         """Those that were predicted in full so far."""
-        return list(self._results.values())
+        return [each for each in self._results.values() if each is not None]
 
     def best(self, where: Predicate, at_most: float = inf) -> Candidate | None:
         """The fastest that fits, of those that `where` picks and that take `at_most` so many seconds; of the searched
@@ -197,14 +196,18 @@ class PipelineSearch:
 
     def _predicted(self, point: Point) -> Candidate | None:
         """In full; None where it does not fit after all."""
+        if point not in self._results:
+            self._results[point] = self._result(point)
+        found = self._results[point]
+        return found if found is not None and found.fits else None
+
+    def _result(self, point: Point) -> Candidate | None:
+        """None where its schedule cannot be made."""
         try:
             candidate = measure(self._predictor, point)
         except InputError:
             return None
-        if candidate.fits:
-            candidate = timed(self._predictor, candidate)
-        self._results[point] = candidate
-        return candidate if candidate.fits else None
+        return timed(self._predictor, candidate) if candidate.fits else candidate
 
     def _loosened(self, candidate: Candidate) -> Candidate | None:
         """The candidate with less recomputed, where the memory that it was found to take leaves room for that."""
@@ -212,10 +215,7 @@ class PipelineSearch:
         whole = int(predictor.device_budget / (predictor.memory.reserved(_LARGE) / _LARGE))
         left = [max(0, whole - peak.total) for peak in predictor.pipelines.memory.peaks(point)]
         looser = self._fitting.loosened(point, left)
-        if looser is None:
-            return None
-        found = self._results[looser] if looser in self._results else self._predicted(looser)
-        return found if found is not None and found.fits else None
+        return None if looser is None else self._predicted(looser)
 
     # --- searched schedules -----------------------------------------------------------------------------------------
 
@@ -240,10 +240,7 @@ class PipelineSearch:
         assert guide.fitted is not None, "a guide has been predicted"
         pipe = replace(pipe_of(guide.fitted), schedule=pipe_of(target).schedule, placement=pipe_of(target).placement)
         point = replace(guide.fitted, pipe=pipe)
-        point = limited(point, self._rooms(point))
-        if point not in self._searched:
-            self._searched[point] = self._predicted(point)
-        return self._searched[point]
+        return self._predicted(limited(point, self._rooms(point)))
 
     # --- the space --------------------------------------------------------------------------------------------------
 

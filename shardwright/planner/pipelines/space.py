@@ -21,9 +21,9 @@ from shardwright.planner.precisions import permitted_precisions
 from shardwright.planner.schedules.families.family import Family
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.schedules.timetable import Placement
-from shardwright.planner.space import Pipe, Point, block_count, permitted_engines, profiled
+from shardwright.planner.space import Pipe, Point, block_count, laid_out, micro_batches, permitted_engines, profiled
 from shardwright.schemas.base import permits
-from shardwright.schemas.checks import divisors, shard_degrees
+from shardwright.schemas.checks import divisors, pipeline_sizes
 from shardwright.schemas.cluster import ClusterSpec, LevelSpec
 from shardwright.schemas.job import JobSpec, ScheduleName
 from shardwright.schemas.profile import ModelProfile
@@ -104,24 +104,22 @@ def copies_cluster(cluster: ClusterSpec, copies: int) -> ClusterSpec:
 
 def numbers_of_ranks(job: JobSpec, profile: ModelProfile) -> tuple[int, ...]:
     """Sizes of pipelines that the cluster, the model and the job permit, smallest first; 1 is none of them."""
-    world, degrees = job.cluster.world_size, shard_degrees(job.cluster)
     if ENGINE not in permitted_engines(job, profile) or not block_count(profile):
         return ()
     most = len(permitted_cuts(profile)) + 1
     return tuple(
-        ranks
-        for ranks in divisors(world)
-        if 1 < ranks <= most and world // ranks in degrees and permits(job.strategy.pp, ranks)
+        ranks for ranks in pipeline_sizes(job.cluster) if 1 < ranks <= most and permits(job.strategy.pp, ranks)
     )
 
 
 def pipelines(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
     """Every permitted pipeline, uncut and with nothing recomputed, in a fixed order ([Note: which pipelines there
     are]). Precisions that were not profiled are left out."""
-    batch, most = job.train.global_batch_sequences, len(permitted_cuts(profile)) + 1
+    world, batch = job.cluster.world_size, job.train.global_batch_sequences
+    most = len(permitted_cuts(profile)) + 1
     precisions = [each for each in permitted_precisions(job) if profiled(profile, each)]
     for ranks in numbers_of_ranks(job, profile):
-        copies = job.cluster.world_size // ranks
+        copies = world // ranks
         pipes = [
             Pipe(
                 ranks=ranks,
@@ -147,26 +145,7 @@ def pipelines(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
                         continue
                     for layout in of_copies(min(accumulation, 2)):
                         if layout.parameters == 1 or _may_gather(job, pipe):
-                            yield Point(
-                                engine=ENGINE,
-                                world=job.cluster.world_size,
-                                pipe=pipe,
-                                shard=layout.parameters,
-                                optimizer_degree=layout.optimizer_states,
-                                gradient_degree=layout.gradients,
-                                axes=layout.axes,
-                                kept=layout.kept,
-                                micro_batch=micro_batch,
-                                accumulation=accumulation,
-                                checkpointed=0,
-                                precision=precision,
-                            )
-
-
-def micro_batches(job: JobSpec, copies: int) -> tuple[int, ...]:
-    """Sizes that divide what one copy trains on in a step, smallest first."""
-    share, rest = divmod(job.train.global_batch_sequences, copies)
-    return () if rest else tuple(size for size in divisors(share) if permits(job.strategy.micro_batch, size))
+                            yield laid_out(ENGINE, world, layout, micro_batch, accumulation, precision, pipe)
 
 
 def _may_gather(job: JobSpec, pipe: Pipe) -> bool:

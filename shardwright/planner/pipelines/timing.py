@@ -17,6 +17,7 @@ from functools import lru_cache
 from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES
 from shardwright.planner.compute import KINDS, memory_rate
 from shardwright.planner.constants import device_constants
+from shardwright.planner.flat import trained_elements
 from shardwright.planner.flat_timing import FlatTime
 from shardwright.planner.groups import Groups
 from shardwright.planner.network import CollectiveKind, Links, collective_seconds
@@ -164,7 +165,7 @@ class PipelineTime:
     def _own(self, point: Point, rank: int) -> int:
         """Elements that the optimizer of one process works on, padding included."""
         units = self._costs.owners.flat(pipe_of(point), rank, point.chain)
-        return sum(bucket.padded for unit in units for bucket in unit if bucket.trainable) // point.optimizer_degree
+        return sum(map(trained_elements, units)) // point.optimizer_degree
 
     def _ties(self, point: Point) -> float:
         """One all-reduce of a process's part of the gradients for every set of ranks that have parameters in common,
@@ -176,7 +177,7 @@ class PipelineTime:
             seconds = 0.0
             for unit, of in zip(units, buckets, strict=True):
                 if len(unit.ranks) > 1:
-                    own = sum(bucket.padded for bucket in of if bucket.trainable) // point.optimizer_degree
+                    own = trained_elements(of) // point.optimizer_degree
                     seconds += self._seconds("all_reduce", self._over(point, len(unit.ranks)), MASTER_BYTES * own)
             slowest = max(slowest, seconds)
         return slowest

@@ -22,7 +22,7 @@ from shardwright.planner.schedules.timetable import Costs
 from shardwright.planner.space import Point
 
 IN_FLIGHT = 4
-"""Sends that are not waited for: `IN_FLIGHT` of the runtime's pipeline.py."""
+"""Sends that are not waited for: `IN_FLIGHT` of the runtime's messages.py."""
 
 
 class Walk:

@@ -212,21 +212,27 @@ def make_schedule(
     numbers: tuple[int, ...] = (family.chunks if chunks is None else chunks,)
     if chunks is None and family.tries is not None:
         numbers = (times.stages // ranks,) if isinstance(times, Costs) else family.tries(ranks, micro_batches)
-    made = [_simulated(family, ranks, each, micro_batches, times, held_by_weight, memory_limit) for each in numbers]
+    made = [
+        simulated_schedule(
+            family, ranks, each, micro_batches, times, held_by_weight=held_by_weight, memory_limit=memory_limit
+        )
+        for each in numbers
+    ]
     best = min(made, key=lambda each: each.span)
     return best.layout, best.costs, best.timetable
 
 
-def _simulated(
+def simulated_schedule(
     family: Family,
     ranks: int,
     chunks: int,
     micro_batches: int,
     times: tuple[float, float, float, float] | Costs,
-    held_by_weight: float,
-    memory_limit: float | Sequence[float] | None,
+    *,
+    held_by_weight: float = 1.0,
+    memory_limit: float | Sequence[float] | None = None,
 ) -> Simulation:
-    """Of a number of chunks."""
+    """What `make_schedule` makes of a number of chunks, in time."""
     name = family.name
     if not family.allowed_chunks(chunks):
         raise _wrong(

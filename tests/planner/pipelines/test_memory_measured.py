@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+from planner.pipeline_points import pipe, point
 from support.launch import results_of
 
 from shardwright.passes import profile_model
 from shardwright.planner.predict import Predictor
-from shardwright.planner.space import Pipe, Point
 from shardwright.schemas.source import load_job
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -20,28 +19,15 @@ CASES = [("1f1b", (0, 0)), ("1f1b", (2, 2)), ("zb-h1", (0, 0)), ("zb-h1", (1, 2)
 KINDS = {"F": "forward", "I": "input gradient", "W": "weight gradient", "B": "backward"}
 
 
-def point(schedule: Any, checkpointed: tuple[int, int]) -> Point:
-    return Point(
-        engine="amsp",
-        world=2,
-        pipe=Pipe(ranks=2, chunks=1, placement="loop", schedule=schedule, cuts=(2,), checkpointed=checkpointed),
-        shard=1,
-        optimizer_degree=1,
-        gradient_degree=1,
-        kept=None,
-        micro_batch=2,
-        accumulation=8,
-        checkpointed=0,
-        precision="fp32",
-    )
-
-
 def test_the_memory_of_every_rank(tmp_path: Path) -> None:
     """The peak within 1.5 %. Forward of recomputed blocks is predicted as if they kept what is inside: above, and never
     the peak."""
     job = load_job(JOB, check_data=False).job
     pipelines = Predictor(job, profile_model(job, JOB.parent, ("fp32",))).pipelines
-    points = {f"{schedule} {blocks}": point(schedule, blocks) for schedule, blocks in CASES}
+    points = {
+        f"{schedule} {blocks}": point(pipe(schedule=schedule, checkpointed=blocks), accumulation=8)
+        for schedule, blocks in CASES
+    }
     runs = [
         {
             "name": name,

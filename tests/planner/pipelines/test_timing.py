@@ -3,7 +3,7 @@ from dataclasses import replace
 from math import isclose
 
 import pytest
-from planner.pipeline_points import pipe, point
+from planner.pipeline_points import pipe, pipe_of_family, point
 from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 
 from shardwright.planner.flat_lanes import Communication
@@ -28,12 +28,8 @@ def parts_of(parts: tuple[TimePart, ...]) -> Counter[str]:
 
 def test_alone_a_pipeline_takes_its_makespan_and_the_tail() -> None:
     predictor = Predictor(job(cpu_cluster(2), batch=8, sequence=16), toy(blocks=8))
-    for name, family in SCHEDULES.items():
-        stages = 2 * family.chunks
-        cuts = tuple(8 * (stage + 1) // stages for stage in range(stages - 1))
-        of = pipe(schedule=name, chunks=family.chunks, placement=family.placement, cuts=cuts,
-                  checkpointed=(1,) * stages)  # fmt: skip
-        where = point(of, accumulation=8)
+    for name in SCHEDULES:
+        where = point(pipe_of_family(name), accumulation=8)
         step, time = predictor.step(where), predictor.pipelines.time
         tail = sum(seconds for _, seconds, _ in time._tail(where))
         simulated = time.schedule(where).simulation.makespan
@@ -45,10 +41,7 @@ def test_alone_a_pipeline_takes_its_makespan_and_the_tail() -> None:
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-h2", "zb-v"])
 def test_late_steps_take_the_steady_period_and_the_tail(name: str) -> None:
     predictor = Predictor(job(cpu_cluster(2), batch=8, sequence=16), toy(blocks=8))
-    family = SCHEDULES[name]
-    stages = 2 * family.chunks
-    cuts = tuple(8 * (stage + 1) // stages for stage in range(stages - 1))
-    of = pipe(schedule=name, chunks=family.chunks, placement=family.placement, cuts=cuts, checkpointed=(1,) * stages)
+    of = pipe_of_family(name)
     waits = point(of, accumulation=8)
     where = replace(waits, pipe=replace(of, late_step=True))
     step, time = predictor.step(where), predictor.pipelines.time

@@ -104,7 +104,7 @@ class _Run(Clocks):
             self._flush(rank)
 
     def _arrival(self, rank: int, kind: Kind) -> float:
-        """When the input of a rank's next F or I is there."""
+        """When the input of a rank's next action is there; W needs none."""
         if kind == "F" and rank > 0:
             before, index = self.forwards[rank - 1], len(self.forwards[rank])
             return before[index] + self.send[rank - 1]
