@@ -63,7 +63,7 @@ class SegmentCosts:
 
     @property
     def seconds(self) -> tuple[float, ...]:
-        """F, I and W of each segment with nothing recomputed: what `schedules.stages.cut` divides."""
+        """F, I and W of each segment with nothing recomputed: what `cutting.divide` divides."""
         parts = zip(self.forward, self.input_gradient, self.weight_gradient, strict=True)
         return tuple(sum(work.seconds for work in of_segment) for of_segment in parts)
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 
+from shardwright.planner.optimizers import OPTIMIZERS
 from shardwright.planner.pipelines.costs import PipelineCosts, SegmentCosts, pipe_of
 from shardwright.planner.pipelines.cutting import (
     Allowance,
@@ -249,7 +250,7 @@ def bytes_an_element(point: Point, job: JobSpec) -> float:
     """About what a parameter's element takes on a device, in states."""
     compute = PRECISIONS[point.precision].compute_bytes
     masters = MASTER_BYTES if compute < MASTER_BYTES else 0
-    moments = 2 * MASTER_BYTES if job.train.optimizer.name == "adamw" else MASTER_BYTES
+    moments = OPTIMIZERS[job.train.optimizer.name].state_bytes(job.train, elements=1, tensors=0)
     return compute / point.shard + (masters + moments) / point.optimizer_degree + MASTER_BYTES / point.gradient_degree
 
 
