@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from math import prod
 from operator import mul
 from typing import Literal
@@ -35,6 +35,7 @@ def check_job(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
     yield from _schedule(job)
     yield from _length(job, written)
     yield from _batch(job)
+    yield from _sharing(job)
     yield from _pipeline(job)
     yield from _precision(job)
     yield from _engine(job)
@@ -105,9 +106,9 @@ def _length(job: JobSpec, written: Written) -> Iterator[Diagnostic]:
 
 
 def _batch(job: JobSpec) -> Iterator[Diagnostic]:
-    """Every copy of the model takes the same number of sequences of each step: without pipeline stages every device has
-    one, with them every so many devices share one."""
-    sizes, train = _pipeline_sizes(job), job.train
+    """Every copy of the model takes the same number of sequences of each step: every device has one, or so many devices
+    share one as a pipeline, every layer of it, or every sequence."""
+    sizes, train = _copy_sizes(job), job.train
     if not sizes:
         return
     sequences, world = train.global_batch_sequences, job.cluster.world_size
@@ -139,11 +140,29 @@ def _batch(job: JobSpec) -> Iterator[Diagnostic]:
         )
 
 
-def _pipeline_sizes(job: JobSpec) -> list[int]:
-    """Devices that share one copy of the model, as far as the job and its cluster permit; 1 for no pipeline."""
-    sizes = pipeline_sizes(job.cluster)
+def _copy_sizes(job: JobSpec) -> list[int]:
+    """Devices that share one copy of the model in any way, as far as the job and its cluster permit: 1 for none."""
+    world = job.cluster.world_size
+    tensors, contexts = (_shared_by(job.cluster, choice) for choice in (job.strategy.tp, job.strategy.cp))
+    found = {
+        tensor * context * stages
+        for tensor, context in product(tensors, contexts)
+        for stages in _pipeline_sizes(job, tensor)
+    }
+    return sorted(size for size in found if world % size == 0)
+
+
+def _shared_by(cluster: ClusterSpec, choice: Literal["auto"] | tuple[int, ...]) -> tuple[int, ...]:
+    return (
+        shard_degrees(cluster) if choice == "auto" else tuple(each for each in choice if not cluster.world_size % each)
+    )
+
+
+def _pipeline_sizes(job: JobSpec, tensor: int) -> list[int]:
+    """Stages of a pipeline, each of whose parts lies on so many devices; 1 for no pipeline."""
+    sizes = [each for each in pipeline_sizes(job.cluster) if job.cluster.world_size // tensor % each == 0]
     if not permits(job.strategy.engine, "amsp"):
-        sizes = (1,)
+        sizes = [1]
     return [size for size in sizes if (permits(job.strategy.pp, size) if size > 1 else permits_no_pipeline(job))]
 
 
@@ -160,6 +179,51 @@ def pipeline_sizes(cluster: ClusterSpec) -> tuple[int, ...]:
     """Numbers of devices that a pipeline may have: the devices of one stage fill the fastest levels of the cluster."""
     world = cluster.world_size
     return tuple(sorted(world // copies for copies in shard_degrees(cluster)))
+
+
+def _sharing(job: JobSpec) -> Iterator[Diagnostic]:
+    """Devices that share layers are neighbours; those that share sequences or experts are so many of the others."""
+    cluster, strategy = job.cluster, job.strategy
+    valid = shard_degrees(cluster)
+    for name in ("tp", "cp", "ep"):
+        choice = getattr(strategy, name)
+        for index, degree in enumerate(() if choice == "auto" else choice):
+            if degree not in valid:
+                yield Diagnostic(
+                    key=f"strategy.{name}.{index}",
+                    message=f"{degree} devices do not fill the levels of the cluster evenly, fastest first",
+                    suggestion=f"write {join([str(each) for each in neighbours(valid, degree)], 'or')}",
+                )
+    yield from _together(job)
+    if strategy.cp == (1,) and strategy.context_method != "auto":
+        yield Diagnostic(
+            key="strategy.context_method",
+            message="where no devices share a sequence there is no `context_method` to choose",
+            suggestion="leave it out, or leave out `cp: 1`",
+        )
+    shares_experts = strategy.ep != "auto" and 1 not in strategy.ep
+    if shares_experts and strategy.engine != "auto" and NO_SHARED_EXPERTS.issuperset(strategy.engine):
+        permitted = join([f"`{name}`" for name in strategy.engine], "and")
+        yield Diagnostic(
+            key="strategy.ep",
+            message=f"only `fsdp2` and `amsp` share experts; `strategy.engine` permits {permitted}",
+            suggestion="leave `strategy.engine` out, or permit `fsdp2`",
+        )
+
+
+def _together(job: JobSpec) -> Iterator[Diagnostic]:
+    """Groups that share sequences or experts lie among the devices with the same part of every layer."""
+    world, valid = job.cluster.world_size, shard_degrees(job.cluster)
+    tensors = [] if job.strategy.tp == "auto" else [each for each in job.strategy.tp if each in valid]
+    for name, choice in (("cp", job.strategy.cp), ("ep", job.strategy.ep)):
+        degrees = [] if choice == "auto" else [each for each in choice if each in valid]
+        possible = any(world % (tensor * degree) == 0 for tensor in tensors for degree in degrees)
+        if tensors and degrees and not possible:
+            yield Diagnostic(
+                key=f"strategy.{name}",
+                message=f"{world // min(tensors)} groups of {min(tensors)} devices do not divide by {min(degrees)}",
+                suggestion=f"write a divisor of {world // min(tensors)}",
+            )
 
 
 def _pipeline(job: JobSpec) -> Iterator[Diagnostic]:
@@ -225,6 +289,8 @@ def _precision(job: JobSpec) -> Iterator[Diagnostic]:
 
 NO_GATHERS = frozenset({"single", "ddp"})
 """Engines that never shard parameters."""
+NO_SHARED_EXPERTS = NO_GATHERS
+"""Engines that hold every expert on every process."""
 
 
 def _engine(job: JobSpec) -> Iterator[Diagnostic]:

@@ -344,8 +344,35 @@ ScheduleName = Literal[
 """Pipeline schedules; `zb-auto` is searched, the others are published ones (planner/schedules/table.py)."""
 
 
+class TensorParallelSpec(Spec):
+    """How tensor parallelism divides the model, where the rules need help."""
+
+    sequence: Choice[bool] = "auto"
+    """Whether activations between the divided layers are divided along the sequence. `auto`: wherever the model lets
+    them."""
+    overrides: dict[
+        Annotated[str, Field(min_length=1, examples=["layers.*.mixer.in_proj"])],
+        Literal["column", "row", "vocabulary", "replicated"],
+    ] = {}
+    """Path of a module, or a shell pattern over paths, to how its weights are divided, in place of what the rules
+    find. Columns and rows must pair up."""
+
+
 class StrategySpec(Spec):
     """Decisions of the plan: each `auto`, pinned to one value, or restricted to a list."""
+
+    tp: Choice[Annotated[int, Field(gt=0)]] = "auto"
+    """Devices that share every layer (tensor parallelism); 1 for none. `auto`: inside the fastest level."""
+    tensor_parallel: TensorParallelSpec = TensorParallelSpec()
+    cp: Choice[Annotated[int, Field(gt=0)]] = "auto"
+    """Devices that share each sequence (context parallelism); 1 for none."""
+    context_method: Choice[Literal["ring", "gather", "ulysses"]] = "auto"
+    """How devices that have parts of a sequence attend to all of it."""
+    ep: Choice[Annotated[int, Field(gt=0)]] = "auto"
+    """Devices that share the experts of each layer (expert parallelism); 1 for none."""
+    expert_imbalance: float = Field(ge=1, default=1.2)
+    """Of expert parallelism: tokens of the fullest device as a multiple of the mean. The prediction assumes it; the
+    script logs what it is."""
 
     pp: Choice[Annotated[int, Field(gt=0)]] = "auto"
     """Devices that share one copy of the model as a pipeline of stages; 1 for no pipeline."""

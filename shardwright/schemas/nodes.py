@@ -70,6 +70,16 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
+def parts_of(root: Node, text: str) -> Key:
+    """The parts of a dotted key. A name with dots in it, such as a pattern of paths, is one where the tree has it."""
+    key = tuple(text.split("."))
+    node, _, depth = place(root, key)
+    for end in range(len(key), depth + 1, -1):
+        if child(node, name := ".".join(key[depth:end])):
+            return (*key[:depth], name, *key[end:])
+    return key
+
+
 def plain(node: Node) -> Any:
     """The tree as plain values: dict, list, str, int, float, bool, None."""
     if isinstance(node.value, dict):

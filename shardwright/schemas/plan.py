@@ -31,13 +31,49 @@ class ModelFacts(Spec):
     """Files of the user's model (and loss, and dataset) to bring along, relative to the job's folder."""
     packages: tuple[str, ...]
     """Installed packages that the script needs beyond torch."""
+    divisions: tuple[Division, ...] = ()
+    """Of a plan with tensor parallelism: how the model is divided."""
+    head: str = ""
+    """Of a plan with context parallelism: path of the module that makes the logits."""
+    causal: bool = True
+    """Of a plan with context parallelism: whether attention is causal."""
+    expert_modules: tuple[ExpertModules, ...] = ()
+    """Of a plan with expert parallelism: the modules that hold experts."""
+
+
+class Division(Spec):
+    """What a parallel layout does to the modules of one pattern; see `schemas.profile.ModuleStyle`."""
+
+    pattern: str
+    """Path of the modules, with `*` for one part of it that differs."""
+    style: Literal["region", "column", "row", "vocabulary", "scatter", "shared", "experts"]
+    enters: bool = False
+    sequence_dim: int | None = None
+    attributes: tuple[str, ...] = ()
+    dims: dict[str, int] = {}
+    """Of each divided parameter of the module, the dimension."""
+    units: int = 0
+    """Into how many pieces they can be divided at most; 0 where nothing is divided."""
+    parts: dict[str, tuple[int, ...]] = {}
+    """Of parameters that are several matrices in one, the sizes of these along the dimension."""
+
+
+class ExpertModules(Spec):
+    """The modules of one pattern that hold experts; see `schemas.profile.ExpertLayer`."""
+
+    pattern: str
+    experts: int
+    chosen: int
+    attributes: tuple[str, ...] = ()
 
 
 class MeshAxis(Spec):
     """One dimension of the device mesh: `dp_replicate` and `dp_shard` of fsdp2 and ddp; of amsp one for each step from
-    one shard degree to the next, `dp_1` the fastest; `pp`, the slowest, where there are pipeline stages."""
+    one shard degree to the next, `dp_1` the fastest; `pp`, the slowest, where there are pipeline stages; `tp`, the
+    fastest, where tensors are divided. Context and expert parallelism have no axis of their own here: so many
+    neighbouring processes among those that differ in the data axes alone."""
 
-    name: str = Field(pattern=r"^(pp|dp_(replicate|shard|[1-9][0-9]?))$", examples=["dp_shard"])
+    name: str = Field(pattern=r"^(pp|tp|dp_(replicate|shard|[1-9][0-9]?))$", examples=["dp_shard"])
     size: int = Field(gt=0)
     levels: tuple[str, ...]
     """Cluster levels that the axis spans, fastest first."""
@@ -116,6 +152,36 @@ class Pipeline(Spec):
     (arXiv 2401.10241, section 4)."""
 
 
+class TensorParallel(Spec):
+    """Neighbouring devices that share every layer: matrices are divided by columns and rows (arXiv 1909.08053)."""
+
+    degree: int = Field(gt=0, default=1)
+    """The size of the mesh axis `tp`."""
+    sequence: bool = False
+    """Whether activations between the divided layers are divided along the sequence (arXiv 2205.05198)."""
+
+
+ContextMethod = Literal["ring", "gather", "ulysses"]
+"""How processes that have parts of a sequence attend to all of it. `ring`: keys and values travel around while each
+part is attended to (arXiv 2310.01889). `gather`: they are gathered (arXiv 2407.21783, section 3.3.2). `ulysses`: an
+all-to-all gives each process whole sequences of some heads (arXiv 2309.14509)."""
+
+
+class ContextParallel(Spec):
+    """Neighbouring devices, among those with the same part of every layer, that share each sequence."""
+
+    degree: int = Field(gt=0, default=1)
+    method: Literal["none"] | ContextMethod = "none"
+
+
+class ExpertParallel(Spec):
+    """Neighbouring devices, among those with the same part of every layer, that share the experts of each layer; their
+    tokens travel to the experts and back. The states of the experts are sharded over the devices that have the same
+    ones: a shard degree of `states` is divided by this one, down to 1."""
+
+    degree: int = Field(gt=0, default=1)
+
+
 class Offload(Spec):
     """The memory tier of each state; the device for now."""
 
@@ -148,6 +214,9 @@ class Decision(Spec):
     checkpointing: Checkpointing
     precision: Literal["fp32", "bf16_mixed"]
     pipeline: Pipeline = Pipeline()
+    tensor_parallel: TensorParallel = TensorParallel()
+    context_parallel: ContextParallel = ContextParallel()
+    expert_parallel: ExpertParallel = ExpertParallel()
     offload: Offload = Offload()
     communication: Communication = Communication()
     engine: Engine
@@ -197,14 +266,14 @@ class Collective(Spec):
     """All collectives of one kind, size and group in one optimizer step of one rank."""
 
     kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"]
-    axis: str = Field(pattern=r"^(world|pp|dp_(replicate|shard|[1-9][0-9]?))$")
+    axis: str = Field(pattern=r"^(world|pp|tp|cp|ep|expert_(replicate|shard)|dp_(replicate|shard|[1-9][0-9]?))$")
     group_size: int
     bytes: int
     """Of the whole tensor of one call: what is gathered, what enters a reduction or an exchange."""
     count: int
     """Calls per optimizer step."""
     purpose: Literal["parameters", "gradients", "grad_norm", "metrics", "activations"]
-    """`activations`: between stages, and their gradients back."""
+    """`activations`: between stages and between the processes that share a layer, and their gradients back."""
 
 
 class StageTime(Spec):

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 ComputeDtypeName = Literal["fp32", "bf16"]
+ParallelAxis = Literal["tp", "cp", "ep"]
+"""Axes of the mesh along which processes share the work of one copy of the model: tensor, context, expert parallel."""
 Policy = Literal["none", "selective", "full"]
 """What of a block is recomputed in backward. `none`: it keeps all that backward needs; `selective`: it keeps its inputs
 and the results of attention and of matrix products, and recomputes the rest; `full`: it keeps its inputs only."""
@@ -91,6 +93,8 @@ class Parameter:
     in one: query, key and value; gate and up. Empty for one."""
     tensor_parallel_reason: str = ""
     """Why the role is `unknown`: the operator that the rules do not know, and its module."""
+    experts: int = 0
+    """How many experts dimension 0 counts, where the parameter belongs to an `ExpertLayer`; else 0."""
 
     @property
     def numel(self) -> int:
@@ -99,6 +103,19 @@ class Parameter:
         for size in self.shape:
             total *= size
         return total
+
+    def local_shape(self, degree: int, rank: int = 0) -> tuple[int, ...]:
+        """The shape of the part that one of so many processes of tensor parallelism has ([Note: parts]): the first has
+        the most, the last ones may have fewer rows of a vocabulary."""
+        if degree == 1 or self.tensor_parallel not in ("column", "row", "vocabulary"):
+            return self.shape
+        shape, dim = list(self.shape), self.tensor_parallel_dim
+        if self.tensor_parallel == "vocabulary":
+            most = -(-shape[dim] // degree)
+            shape[dim] = max(0, min(most, shape[dim] - rank * most))
+        else:
+            shape[dim] //= min(degree, self.tensor_parallel_units)
+        return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +176,22 @@ class BackwardMoment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """All collectives of one kind and size that the processes which share one copy of a unit make in one phase of it,
+    merged. The compute waits for them."""
+
+    axis: ParallelAxis
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    phase: Literal["forward", "backward"]
+    bytes: Affine
+    """Of the whole tensor of one call: what is gathered, what enters a reduction or an exchange."""
+    count: int
+    """Calls merged here."""
+    again: bool = False
+    """Of forward: whether a checkpointed block makes them again in backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCost:
     """Cost of one unit for one compute dtype. Bytes exclude parameters, buffers and parameter gradients."""
 
@@ -194,6 +227,8 @@ class UnitCost:
     """Bytes alive from the gradient of the unit's input to that of its weights, where the latter comes later: inputs
     and gradients of outputs of its linear layers, each storage once, whatever is checkpointed; see passes/held.py. What
     two units hold counts in both. 0 for a compiled block, whose layers do not wait."""
+    exchanges: tuple[Exchange, ...] = ()
+    """What the processes that share the unit tell one another; empty for a unit that one process has alone."""
 
     def flops(self, phase: Phase, micro_batch: int) -> int:
         """FLOPs of one phase."""
@@ -215,6 +250,8 @@ class Unit:
     """The same under `torch.compile`, where it was asked for."""
     module: str = ""
     """Class of the blocks; empty for embedding and head."""
+    divided: dict[int, dict[ComputeDtypeName, UnitCost]] = field(default_factory=dict)
+    """For each degree of `TensorParallelism.degrees`, what the unit costs each of so many processes that share it."""
 
     @property
     def count(self) -> int:
@@ -253,6 +290,98 @@ class Edge:
     """At micro-batch 1, in the dtypes that the model declares."""
 
 
+Style = Literal["region", "column", "row", "vocabulary", "scatter", "shared", "experts"]
+"""What is done to a module under tensor parallelism ([Note: regions]).
+
+`region`: everything between the module's inputs and the results of its rows is divided: its inputs enter there.
+`column`, `vocabulary`, `row`: a layer whose weight is divided so; `vocabulary` is a table, a head is a `column`.
+`scatter`: a whole table, of whose results each process takes its own part of the last dimension.
+`shared`: a module whose own parameters are whole, while each process has a part of their gradient only.
+`experts`: a module that holds columns and rows itself, called with (tokens, indices, weights): a region and a row.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleStyle:
+    """What tensor parallelism does to one module.
+
+    [Note: regions]
+    Between columns and rows each process has its part of the features or heads. What enters there is equal on all
+    processes, and each one has a part of its gradient, so backward adds them up (`f` of Megatron-LM, arXiv 1909.08053,
+    section 3); what leaves the rows is added up in forward (`g`). With the sequence divided too (arXiv 2205.05198,
+    section 4.2.2) each process has its part of the sequence outside of the regions: entering gathers it, and leaving
+    adds up and scatters in one. Values enter at the inputs of a `region` module, all floating-point ones that need a
+    gradient, where the dataflow permits that; else at each column (`enters`).
+
+    Parameters without a division have a part of their gradient on each process if they are used in a region before its
+    rows, and, where the sequence is divided, anywhere in a block: their modules are `shared`.
+    """
+
+    path: str
+    """Of the module in the model."""
+    style: Style
+    enters: bool = False
+    """Of a `column`: whether its input enters the divided part there, rather than at a `region`."""
+    sequence_dim: int | None = None
+    """Of what enters and leaves, the dimension that the sequence is divided along; 0 where (batch, sequence) have been
+    flattened to tokens; None where values come or go whole."""
+    attributes: tuple[str, ...] = ()
+    """Integers of the module that count what is divided (heads, features), so that each process has its share of
+    them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParallelism:
+    """How tensor parallelism runs the model.
+
+    [Note: parts]
+    A parameter is divided along one dimension into as many pieces as there are processes, each of its
+    `tensor_parallel_parts` on its own. Where there are fewer units than processes (key-value heads), each piece is on
+    several processes next to each other, which add up its gradients. Rows of the vocabulary are divided as
+    `torch.chunk` does: the last processes may have fewer.
+    """
+
+    degrees: tuple[int, ...] = ()
+    """Numbers of processes, above 1, that the model was profiled for: they divide what is divided."""
+    sequence: bool = False
+    """Whether the sequence is divided between the regions."""
+    sequence_reason: str = ""
+    """Why it is not."""
+    refused: str = ""
+    """Why the model cannot be divided at all, with the module; empty where it can."""
+    styles: tuple[ModuleStyle, ...] = ()
+    """In order of registration of the modules."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextParallelism:
+    """How context parallelism runs the model: each process has a part of every sequence in blocks and head."""
+
+    refused: str = ""
+    """Why it cannot: what mixes positions other than fused attention; empty where it can."""
+    head: str = ""
+    """Path of the module that makes the logits, from whose input on each process has its part of the sequence."""
+    causal: bool = True
+    """Whether the attention is causal."""
+    heads: int = 0
+    """Query heads of the fused attention with the fewest."""
+    kv_heads: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayer:
+    """A module whose parameters are stacks of experts, called with (tokens, indices, weights)."""
+
+    path: str
+    experts: int
+    chosen: int
+    """Experts of one token."""
+    features: int
+    """Of a token."""
+    attributes: tuple[str, ...] = ()
+    """Integers of the module that count its experts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
     """Everything the planner knows of a model."""
@@ -266,6 +395,10 @@ class ModelProfile:
     units: tuple[Unit, ...]
     cuts: tuple[Cut, ...]
     edges: tuple[Edge, ...] = ()
+    tensor_parallelism: TensorParallelism = TensorParallelism()
+    context_parallelism: ContextParallelism = ContextParallelism(refused="not looked at")
+    expert_layers: tuple[ExpertLayer, ...] = ()
+    """Those that expert parallelism can divide."""
     attention: dict[ComputeDtypeName, str]
     """The attention kernel assumed: `flash`, `efficient`, `math`, `cpu-flash`, or `none` when the model calls none."""
     init: Literal["constructor", "modules"]

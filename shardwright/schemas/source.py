@@ -18,7 +18,7 @@ from shardwright.schemas.editor_schema import job_schema, plan_schema
 from shardwright.schemas.explain import Form, arranged, explain
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.job_files import check_data_files, check_model_files
-from shardwright.schemas.nodes import Key, Node, best_span, child, diagnostic, dotted, place, plain
+from shardwright.schemas.nodes import Key, Node, best_span, child, diagnostic, dotted, parts_of, place, plain
 from shardwright.schemas.overrides import apply_overrides
 from shardwright.schemas.plan import SCHEMA_VERSION, Plan
 from shardwright.schemas.reading import read_tree
@@ -158,9 +158,9 @@ def _locator(root: Node) -> Locate:
     def located(each: Diagnostic) -> Diagnostic:
         if each.file or not each.key:
             return replace(each, file=each.file or root.span.source.label)
-        key: Key = tuple(each.key.split("."))
-        if place(root, ("job", *key))[2] - 1 > place(root, key)[2]:
-            key = ("job", *key)
+        key, in_job = parts_of(root, each.key), parts_of(root, f"job.{each.key}")
+        if place(root, in_job)[2] - 1 > place(root, key)[2]:
+            key = in_job
         # A single value that stands for a list has no index.
         while key and str(key[-1]).isdecimal() and place(root, key)[2] < len(key):
             key = key[:-1]

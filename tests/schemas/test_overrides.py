@@ -104,7 +104,7 @@ def test_errors_of_file_and_arguments_together(workspace: Path) -> None:
 
 
 def test_checks_between_values_name_the_argument(workspace: Path) -> None:
-    said_of_both = said(workspace, "strategy.pp=1", "train.global_batch=9")
+    said_of_both = said(workspace, "strategy.pp=1", "strategy.tp=1", "strategy.cp=1", "train.global_batch=9")
     assert said_of_both.startswith("--set train.global_batch=9: error: train.global_batch:")
 
 

@@ -131,7 +131,9 @@ def test_checks_of_the_job_hold_in_a_plan(plan_path: Path) -> None:
     # Every number is written in a plan; `defaults` tells that nobody asked for AdamW's momentum.
     assert "train.optimizer.momentum" in load_plan(plan_path).plan.defaults
     with pytest.raises(InputError) as caught:
-        load_plan(plan_path, ["job.strategy.pp=1", "job.train.global_batch=9"])
+        load_plan(
+            plan_path, ["job.strategy.pp=1", "job.strategy.tp=1", "job.strategy.cp=1", "job.train.global_batch=9"]
+        )
     (only,) = caught.value.diagnostics
     assert (only.key, only.file) == ("job.train.global_batch", "--set job.train.global_batch=9")
 
