@@ -23,6 +23,8 @@ class Product:
     """Of the parameter: what is summed over."""
     free: Axes
     """Of the parameter: what the result has of it."""
+    node: fx.Node | None = None
+    """The call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class Call:
     def note_product(self, weight: str, contracted: Axes, free: Axes) -> None:
         """The call multiplies an activation with the parameter in this argument."""
         parameter = self.found.weights[self.arguments[weight]]
-        self.found.products.append(Product(parameter, contracted, free))
+        self.found.products.append(Product(parameter, contracted, free, self.node))
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the only result."""

@@ -124,7 +124,7 @@ def _einsum(call: Call) -> Result:
         summed = [axis for letter, axes in zip(word, dims, strict=True) if letter not in output for axis in axes]
         kept = [axis for letter, axes in zip(word, dims, strict=True) if letter in output for axis in axes]
         weight = call.arguments["tensors"][weights.index(True)]
-        call.found.products.append(Product(call.found.weights[weight], summed, kept))
+        call.found.products.append(Product(call.found.weights[weight], summed, kept, call.node))
         meeting = [letter for letter in letters if letter not in output and len(letters[letter]) == 1]
     else:
         meeting = [letter for letter in letters if letter not in output or len(letters[letter]) == 1]

@@ -113,6 +113,12 @@ class ProfileCache:
             "data": job.data.model_dump(mode="json"),
             "sequence_length": job.train.sequence_length,
             "device": job.cluster.device.kind,
+            "tensor_parallel": (
+                job.strategy.tp,
+                job.strategy.tensor_parallel.model_dump(mode="json"),
+                job.cluster.levels[0].size,
+                job.cluster.world_size,
+            ),
             "dtypes": list(dtypes),
             "compiled": compiled,
         }

@@ -59,6 +59,8 @@ class Contract:
     vocabulary: int | None
     """Token ids that the data may hold lie below this; None if the data does not say."""
     vocabulary_key: str
+    divided_loss: Loss | None = None
+    """The same loss, of logits that may be those of a part of the vocabulary; None where `loss` does not ask."""
 
     def batch(self, micro_batch: int) -> Batch:
         """A batch of empty tensors."""
@@ -97,7 +99,8 @@ def make_contract(job: JobSpec, built: Built, code: UserCode) -> Contract:
         vocabulary, key = 256, "data.bytes"
     elif job.data.synthetic is not None:
         vocabulary, key = job.data.synthetic.vocabulary, "data.synthetic.vocabulary"
-    return Contract(fields, inputs, _loss(job, built, code, vocabulary, key), vocabulary, key)
+    loss, divided = (_loss(job, built, code, least, key) for least in (vocabulary, None))
+    return Contract(fields, inputs, loss, vocabulary, key, divided)
 
 
 def _fields(job: JobSpec, code: UserCode) -> dict[str, Field]:

@@ -20,10 +20,11 @@ class NotAffine(Exception):
 
 
 def fit(values: Sequence[int], what: str) -> Affine:
-    """The line through the values at micro-batch 2 and 3. Raises NotAffine if the value at 4 does not lie on it."""
-    two, three, four = values
-    if four - three != three - two:
-        raise NotAffine(f"{what} {two}, {three} and {four} at micro-batch 2, 3 and 4")
+    """The line through the values at micro-batch 2 and 3. Raises NotAffine if one at 4 does not lie on it."""
+    two, three, *more = values
+    for four in more:
+        if four - three != three - two:
+            raise NotAffine(f"{what} {two}, {three} and {four} at micro-batch 2, 3 and 4")
     return Affine(3 * two - 2 * three, three - two)
 
 

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import networkx as nx
@@ -26,7 +27,7 @@ from shardwright.passes.axis_walk import module_of, operator_label, writes, writ
 from shardwright.passes.build import Built
 from shardwright.passes.contract import Contract
 from shardwright.passes.step_run import EMBEDDING, HEAD
-from shardwright.passes.tensor_parallel import Division, divisions
+from shardwright.passes.tensor_parallel import Analysis, Division, Override, divisions
 
 MOST_BLOCKS = 64
 """More blocks than this are not exported: it takes a fifth of a second for each."""
@@ -122,17 +123,36 @@ def _without(model: nn.Module, dropped: set[str]) -> Iterator[dict[str, str]]:
             registry.update(children)
 
 
-def divide(exported: Exported, *, next_token: bool) -> dict[str, Division]:
+def divide(
+    exported: Exported, *, next_token: bool, overrides: Mapping[str, Override] | None = None
+) -> dict[str, Division]:
     """How tensor parallelism would divide every parameter in the graph. With `next_token` the loss is the cross-entropy
-    of the logits that forward returns."""
+    of the logits that forward returns; `overrides` gives modules, by patterns of their paths, a role."""
+    return analyse(exported, next_token=next_token, overrides=overrides).divisions
+
+
+def analyse(exported: Exported, *, next_token: bool, overrides: Mapping[str, Override] | None = None) -> Analysis:
+    """The same, with the dataflow that it follows from."""
     program = exported.program
     users = set(program.graph_signature.user_inputs)
     inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name in users]
-    logits = _logits(program) if next_token else ()
-    return divisions(program.graph, exported.parameters, inputs, logits, exported.path)
+    logits = logits_of(program) if next_token else ()
+    roles = _roles(exported, overrides or {})
+    return divisions(program.graph, exported.parameters, inputs, logits, exported.path, roles)
 
 
-def _logits(program: ExportedProgram) -> Iterator[fx.Node]:
+def _roles(exported: Exported, overrides: Mapping[str, Override]) -> dict[str, Override]:
+    """The role that the job gives a parameter: that of the first pattern that its module matches."""
+    found: dict[str, Override] = {}
+    for name in exported.parameters.values():
+        module = name.rpartition(".")[0]
+        patterns = [pattern for pattern in overrides if fnmatchcase(module, pattern)]
+        if patterns:
+            found[name] = overrides[patterns[0]]
+    return found
+
+
+def logits_of(program: ExportedProgram) -> Iterator[fx.Node]:
     """The result that `loss: next_token` is computed of ([Note: model contract])."""
     (output,) = program.graph.find_nodes(op="output")
     kinds = [spec.kind for spec in program.graph_signature.output_specs]

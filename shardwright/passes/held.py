@@ -6,7 +6,8 @@ Hugging Face keeps its input and the gradient of its output from the one to the 
 layers, and those of which no parameter is trained do not wait. Both tensors are kept as the storages that they lie in:
 a storage that several layers of a unit keep counts once, one that two units keep counts in both. A parameter that a
 layer takes as its input does not count, nor does the batch. What is recomputed is as large as what it replaces, so
-checkpointing changes nothing. Layers of compiled blocks do not wait.
+checkpointing changes nothing. Layers of compiled blocks do not wait. What a divided layer keeps are the operands of its
+own product: its input once it has entered, and the gradient of what has not left yet.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Held:
     @contextmanager
     def watching(self, layers: Iterable[nn.Module]) -> Iterator[None]:
         """Watches the layers' forward while open, and their backward from then on."""
-        handles = [layer.register_forward_hook(self._used, with_kwargs=True) for layer in layers]
+        handles = [layer.register_forward_hook(self._used, prepend=True, with_kwargs=True) for layer in layers]
         try:
             yield
         finally:

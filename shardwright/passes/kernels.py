@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,46 @@ def _efficient_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) 
     return mask.expand(*query.shape[:-1], length)
 
 
+class AttentionCall(NamedTuple):
+    """One call of PyTorch's fused attention."""
+
+    query: tuple[int, ...]
+    """The shape of the queries: (..., heads, length, features)."""
+    key: tuple[int, ...]
+    masked: bool
+    causal: bool
+    dropout: float
+
+
+_watching: list[list[AttentionCall]] = []
+
+
+@contextmanager
+def attention_calls() -> Iterator[list[AttentionCall]]:
+    """Fills in, while open, the calls of fused attention that are made under `kernels_of`."""
+    _watching.append([])
+    try:
+        yield _watching[-1]
+    finally:
+        _watching.pop()
+
+
+def _note(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> None:
+    if not (query.numel() and key.numel() and value.numel()):
+        raise ValueError("attention over no heads, positions or features")  # PyTorch divides by their number
+    call = AttentionCall(tuple(query.shape), tuple(key.shape), attn_mask is not None, is_causal, dropout_p)
+    for calls in _watching:
+        calls.append(call)
+
+
 class _Cuda:
     """CUDA's versions of functions of `torch.nn.functional`. Notes which attention kernels were taken."""
 
@@ -138,6 +178,7 @@ class _Cuda:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
+        _note(query, key, value, attn_mask, dropout_p, is_causal)
         kernel = attention_kernel(query, key, value, attn_mask is not None, is_causal, enable_gqa)
         self.attention.add(kernel)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -198,6 +239,7 @@ class _Cpu:
         self.attention: set[str] = set()
 
     def scaled_dot_product_attention(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        _note(*args, **kwargs)
         with _Names() as names:
             output: torch.Tensor = self.originals["scaled_dot_product_attention"](*args, **kwargs)
         flash = "aten::_scaled_dot_product_flash_attention_for_cpu" in names.seen

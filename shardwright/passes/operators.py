@@ -43,6 +43,8 @@ DATA_MOVEMENT = frozenset(_MOVING.split())
 name also stands for its in-place, private and backward forms (`index_put_`, `_softmax_backward_data`)."""
 
 _POOLING = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "fractional_max_pool")
+EXCHANGES = frozenset({"all_reduce_", "all_gather", "reduce_scatter"})
+"""Collectives between the processes that share a model ([Note: phantoms])."""
 _FAMILIES = (*_POOLING, "upsample_", "reflection_pad", "replication_pad")
 _NO_WORK = frozenset(
     {"_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_permuted", "empty_strided"}
@@ -118,6 +120,8 @@ class Operation:
     """Position of the `is_causal` argument, for attention."""
     reads_rows: bool
     """Reads only as many rows of its table as it returns."""
+    exchanges: bool
+    """Whether it is one of `EXCHANGES`."""
 
 
 def operation(overload: torch._ops.OpOverload) -> Operation:
@@ -132,7 +136,7 @@ def _operation(overload: torch._ops.OpOverload, registered: FlopFormula | None) 
     formula = EXTRA_FLOPS.get(name) or registered
     arguments = [argument.name for argument in overload._schema.arguments]
     attention = "scaled_dot_product" in name or "attention_forward" in name or "attention_backward" in name
-    moves = name in _NO_WORK or ("::" not in name and _only_moves_data(overload, name))
+    moves = name in (_NO_WORK | EXCHANGES) or ("::" not in name and _only_moves_data(overload, name))
     return Operation(
         qualified_name=overload._schema.name,
         name=name,
@@ -143,6 +147,7 @@ def _operation(overload: torch._ops.OpOverload, registered: FlopFormula | None) 
         formula=formula,
         causal_at=arguments.index("is_causal") if "is_causal" in arguments else None,
         reads_rows=name in _READS_ROWS,
+        exchanges=name in EXCHANGES,
     )
 
 
@@ -198,11 +203,20 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def bytes_moved(call: Operation, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
-    """Bytes read plus bytes written by one call."""
+    """Bytes read plus bytes written by one call in the device's memory; what is exchanged is counted on its own."""
     written = sum(map(tensor_bytes, outputs))
+    if call.exchanges:
+        return 0
     if call.reads_rows:
         return 2 * written + sum(map(tensor_bytes, inputs[1:]))
     return written + sum(map(tensor_bytes, inputs))
+
+
+def bytes_exchanged(call: Operation, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
+    """Bytes of the whole tensor of a collective: what is gathered, or what enters a reduction; else 0."""
+    if not call.exchanges:
+        return 0
+    return max(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
 
 
 def shapes_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:

@@ -12,24 +12,43 @@ from torch import nn
 
 from shardwright.passes.blocks import Block
 from shardwright.passes.build import Built, build_model
+from shardwright.passes.context import find_context
 from shardwright.passes.contract import Contract, make_contract
 from shardwright.passes.cuts import inner_cuts
+from shardwright.passes.dataflow import Dataflow
+from shardwright.passes.divided_run import measure_divided, runs_locally, runs_on_part
+from shardwright.passes.expert_layers import expert_calls, of_all_blocks, with_experts
 from shardwright.passes.fit import NotAffine
 from shardwright.passes.flow import Flow
-from shardwright.passes.graph import Exported, divide, export, make_graph
+from shardwright.passes.graph import Exported, analyse, export, make_graph
 from shardwright.passes.imports import UserCode, user_code
 from shardwright.passes.initialise import decide_init
+from shardwright.passes.kernels import attention_calls
+from shardwright.passes.overrides import impossible, unmatched
+from shardwright.passes.parallelism import Model, check_pinned, find_parallelism, not_a_chain
 from shardwright.passes.parameters import buffer_bytes, collect_parameters, with_roles, with_segments
 from shardwright.passes.recurrent import recurrent_warnings
 from shardwright.passes.serialise import digest
 from shardwright.passes.sources import elsewhere, local_sources, packages
 from shardwright.passes.step_run import EMBEDDING, StepRun
+from shardwright.passes.tensor_parallel import Analysis
 from shardwright.passes.trace import Tracer
 from shardwright.passes.units import make_units
 from shardwright.passes.unpriced import ledger
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
-from shardwright.schemas.profile import Affine, ComputeDtypeName, Cut, Edge, ModelProfile, Parameter, Unit
+from shardwright.schemas.profile import (
+    Affine,
+    ComputeDtypeName,
+    ContextParallelism,
+    Cut,
+    Edge,
+    ExpertLayer,
+    ModelProfile,
+    Parameter,
+    TensorParallelism,
+    Unit,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +72,12 @@ class Work:
     flow: Flow | None = None
     cuts: tuple[Cut, ...] = ()
     edges: tuple[Edge, ...] = ()
+    exported: Exported | None = None
+    """None where torch cannot export the model."""
+    analysis: Analysis | None = None
+    tensor_parallelism: TensorParallelism = field(default_factory=TensorParallelism)
+    context_parallelism: ContextParallelism = field(default_factory=lambda: ContextParallelism(refused="not looked at"))
+    expert_layers: tuple[ExpertLayer, ...] = ()
     init: Literal["constructor", "modules"] = "constructor"
     local_sources: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
@@ -136,10 +161,59 @@ def _find_roles(work: Work) -> Work:
         warning = f"{reason}; how tensor parallelism would divide it is unknown"
         parameters = with_roles(work.parameters, work.flow, {}, reason)
         return replace(work, parameters=parameters, warnings=(*work.warnings, warning))
-    divided = divide(exported, next_token=work.job.model.loss == "next_token")
-    parameters = with_roles(work.parameters, work.flow, divided, "the exported forward does not use it")
+    loss, overrides = work.job.model.loss, work.job.strategy.tensor_parallel.overrides
+    analysis = analyse(exported, next_token=loss == "next_token", overrides=overrides)
+    if wrong := [*unmatched(work.built.module, overrides)] or [*impossible(analysis, overrides)]:
+        raise InputError(wrong)
+    reason = "the exported forward does not use it"
+    parameters = with_roles(work.parameters, work.flow, analysis.divisions, reason)
     cuts = work.cuts if work.blocks else inner_cuts(make_graph(exported))
-    return replace(work, parameters=parameters, cuts=cuts)
+    return replace(work, exported=exported, analysis=analysis, parameters=parameters, cuts=cuts)
+
+
+def _find_parallelism(work: Work) -> Work:
+    """How processes could share the model's layers, its sequences, and its experts."""
+    if work.exported is None or work.analysis is None:
+        refused = "torch.export cannot trace the model"
+        check_pinned(work.job, refused)
+        return replace(
+            work,
+            tensor_parallelism=TensorParallelism(refused=refused),
+            context_parallelism=ContextParallelism(refused=refused),
+        )
+    assert work.flow is not None
+    model = work.built.module
+    with attention_calls() as calls, expert_calls(model, work.flow) as found:
+        whole = runs_locally(work.tracer, work.blocks, work.draw, (), (), 1)
+    layers = of_all_blocks(found, work.flow, model)
+    parameters = with_experts(work.parameters, layers)
+    known = Model(work.job, work.tracer, work.blocks, work.draw, work.flow, parameters, whole, calls)
+    divided = find_parallelism(known, work.exported, work.analysis)
+    context = find_context(
+        work.exported,
+        Dataflow(work.exported.program.graph, work.analysis),
+        calls,
+        length=work.job.train.sequence_length,
+        chain=not_a_chain(work.flow, work.blocks),
+        loss=work.job.model.loss,
+        runs_on_part=lambda: runs_on_part(work.tracer, work.blocks, work.draw),
+    )
+    return replace(
+        work,
+        parameters=divided.parameters,
+        tensor_parallelism=divided.parallelism,
+        context_parallelism=context,
+        expert_layers=layers,
+    )
+
+
+def _measure_divided(work: Work) -> Work:
+    """What each unit costs processes that share every layer."""
+    found = measure_divided(work.tracer, work.blocks, work.draw, work.units, work.parameters, work.tensor_parallelism)
+    if not found.parallelism.degrees and found.parallelism.refused:
+        check_pinned(work.job, found.parallelism.refused)
+    warnings = (*work.warnings, *found.warnings)
+    return replace(work, units=found.units, tensor_parallelism=found.parallelism, warnings=warnings)
 
 
 def _export(work: Work) -> Exported:
@@ -177,6 +251,9 @@ def _assemble(work: Work) -> Work:
         units=work.units,
         cuts=work.cuts,
         edges=work.edges,
+        tensor_parallelism=work.tensor_parallelism,
+        context_parallelism=work.context_parallelism,
+        expert_layers=work.expert_layers,
         attention=dict(work.attention),
         init=work.init,
         input_bytes=Affine(0, sample),
@@ -197,6 +274,8 @@ PASSES: tuple[Callable[[Work], Work], ...] = (
     _collect_parameters,
     _follow_flow,
     _find_roles,
+    _find_parallelism,
+    _measure_divided,
     _decide_init,
     _find_sources,
     _assemble,
@@ -236,6 +315,8 @@ def verify(before: Work, work: Work) -> None:
         for cost in unit.costs.values():
             amounts = [*cost.saved.values(), *cost.backward_peak.values(), cost.output, cost.forward_peak]
             assert all(amount.at(1) >= 0 and amount.slope >= 0 for amount in amounts), unit.paths
+        assert set(unit.divided) <= set(work.tensor_parallelism.degrees)
+        assert all(set(costs) == set(work.dtypes) for costs in unit.divided.values())
     if work.parameters is not before.parameters:
         total = sum(parameter.numel() for parameter in work.built.module.parameters())
         assert sum(parameter.numel for parameter in work.parameters) == total, "every parameter counts once"

@@ -39,6 +39,8 @@ class Event:
     """The new storages that it returns, by number."""
     moments: int = 0
     """Moments recorded until right after it."""
+    exchanged: int = 0
+    """Of a collective, the bytes of the whole tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +246,7 @@ class Recorder(DispatchMode):
                     node=node,
                     made=made,
                     moments=len(self._recording.moments),
+                    exchanged=operators.bytes_exchanged(call, inputs, outputs),
                 )
                 self._recording.events.append(event)
         return result

@@ -15,7 +15,7 @@ backward are those under full checkpointing less `P(t)`: kept results that are s
 the dead ones have been freed. One plain run therefore prices every policy.
 
 PyTorch refuses results that a later operator writes into ("has been mutated"): these are never kept. Operators that
-return views or write into their arguments make no storage, and always run again.
+return views or write into their arguments make no storage, and always run again. So do collectives.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _results(events: Sequence[Event], savings: Savings, ended: Ended) -> list[Re
     """What each call returns that can be kept. Calls that are merged into one operator are kept together or not at
     all, so one whose results are written into later takes the others with it."""
     size, overwritten = savings.recorder.storages.size, savings.recorder.overwritten
-    refused = {_merged(event) for event in events if not overwritten.isdisjoint(event.made)}
+    refused = {_merged(event) for event in events if event.exchanged or not overwritten.isdisjoint(event.made)}
     found = []
     for index, event in enumerate(events):
         made: Iterable[int] = event.made

@@ -21,7 +21,12 @@ def profile_to_json(profile: ModelProfile) -> dict[str, Any]:
 
 def _fields(value: Any) -> dict[str, Any]:
     """A dataclass as a dictionary, one level deep: json asks again for what is inside."""
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {field.name: _with_texts(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def _with_texts(value: Any) -> Any:
+    """A dictionary with the keys that JSON gives it, by which they are sorted."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def profile_from_json(values: Mapping[str, Any]) -> ModelProfile:
@@ -60,7 +65,8 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
         return lambda value: tuple(map(read_item, value))
     if origin is dict:
         read_value = _reader(arguments[1])
-        return lambda value: {key: read_value(item) for key, item in value.items()}
+        key_of = arguments[0] if arguments[0] is int else lambda key: key  # JSON has no other keys than strings
+        return lambda value: {key_of(key): read_value(item) for key, item in value.items()}
     if origin in (Literal, Union, types.UnionType):
         return lambda value: value
     return _checked(kind)

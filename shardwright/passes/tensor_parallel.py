@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Literal
 
 import networkx as nx
 from torch import fx
@@ -67,22 +68,50 @@ class _Shard:
     """The major axes that can be divided, `first` among them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Matrices that are divided together, with the vectors that go with them."""
+
+    divisions: Mapping[str, Division]
+    axes: frozenset[Axis]
+    """What is divided; empty for what the job pairs up itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What the dataflow says of tensor parallelism."""
+
+    divisions: dict[str, Division]
+    """Of every parameter."""
+    groups: tuple[Group, ...]
+    """In order of first use, without the vocabulary."""
+    found: Found
+    active: frozenset[fx.Node]
+    """What depends on parameters."""
+
+
+Override = Literal["column", "row", "vocabulary", "replicated"]
+
+
 def divisions(
     graph: fx.Graph,
     parameters: Mapping[fx.Node, str],
     inputs: Iterable[fx.Node],
     logits: Iterable[fx.Node],
     path: Callable[[str], str] = str,
-) -> dict[str, Division]:
+    overrides: Mapping[str, Override] | None = None,
+) -> Analysis:
     """The division of every parameter in a graph of `torch.export`. `parameters` names the parameters' nodes, tied ones
     alike; `inputs` are those of the batch; `logits` are results whose last dimension counts the loss's classes; `path`
-    gives the path in the model of a module in the graph."""
+    gives the path in the model of a module in the graph; `overrides` gives parameters a role."""
+    overrides = overrides or {}
     found = Found(path=path, tokens=set(inputs), weights=dict(parameters))
     dims: dict[str, Dims] = {}
     for node, name in parameters.items():
         dims.setdefault(name, [new(size) for size in node.meta["val"].shape])
         found.dims[node] = dims[name]
-    walk(graph, found, active=set(parameters))
+    active = set(parameters)
+    walk(graph, found, active)
     for node in logits:
         if isinstance(named := found.dims.get(node), list):
             name_vocabulary(named[-1])
@@ -93,7 +122,19 @@ def divisions(
             for axes in each:
                 if not any(leaf.vocabulary for leaf in leaves(axes)):
                     need_whole(axes)
-    return _decide(dims, found)
+    for name, role in overrides.items():
+        if role == "replicated":
+            for axes in dims[name]:
+                need_whole(axes)
+    free = {name: each for name, each in dims.items() if name not in overrides}
+    decided, groups = _decide(free, found)
+    forced = _forced({name: dims[name] for name in overrides}, overrides, found.products)
+    for name in overrides:
+        decided[name] = Division()
+    for group in forced:
+        decided.update(group.divisions)
+    pairs = tuple(group for group in (*groups, *forced) if {d.role for d in group.divisions.values()} >= _PAIR)
+    return Analysis(decided, pairs, found, frozenset(active))
 
 
 def _shards(axes: Iterable[Axis]) -> list[_Shard]:
@@ -117,7 +158,34 @@ def _shards(axes: Iterable[Axis]) -> list[_Shard]:
     return [_Shard(size_of(found), size_of(run), run[0], tuple(run))] * copies if run else []
 
 
-def _decide(dims: Mapping[str, Dims], found: Found) -> dict[str, Division]:
+_PAIR = {"column", "row"}
+
+
+def _forced(dims: Mapping[str, Dims], roles: Mapping[str, Override], products: Sequence[Product]) -> list[Group]:
+    """Groups of parameters that the job gives roles: columns up to the rows that follow them, in order of use."""
+    result: list[Group] = []
+    open_group: dict[str, Division] = {}
+    for name, each in dims.items():
+        if roles[name] == "vocabulary":
+            result.append(Group({name: Division("vocabulary", 0, size_of(each[0]))}, frozenset()))
+    for product in products:
+        name = product.parameter
+        if roles.get(name) not in _PAIR or any(name in group.divisions for group in result):
+            continue
+        role: TensorParallelRole = "column" if roles[name] == "column" else "row"
+        if role == "column" and any(division.role == "row" for division in open_group.values()):
+            result.append(Group(open_group, frozenset()))
+            open_group = {}
+        wanted = {*leaves(product.free if role == "column" else product.contracted)}
+        at = next(at for at, axes in enumerate(dims[name]) if {*leaves(axes)} == wanted)
+        open_group[name] = Division(role, at, size_of(dims[name][at]))
+        for bias, axes in dims.items() if role == "column" else ():
+            if bias.rpartition(".")[0] == name.rpartition(".")[0] and len(axes) == 1:
+                open_group[bias] = Division("column", 0, size_of(axes[0]))
+    return [*result, Group(open_group, frozenset())] if open_group else result
+
+
+def _decide(dims: Mapping[str, Dims], found: Found) -> tuple[dict[str, Division], list[Group]]:
     tables = {lookup.parameter for lookup in found.lookups}
     _name_tables(found.lookups)
     result = {}
@@ -130,10 +198,12 @@ def _decide(dims: Mapping[str, Dims], found: Found) -> dict[str, Division]:
                     need_whole(axes)
     rest = {name: each for name, each in dims.items() if name not in result}
     candidates = {name: each for name, each in rest.items() if name not in tables}
-    result.update(_divided(candidates, found))
+    groups = _divided(candidates, found)
+    for group in groups:
+        result.update(group.divisions)
     for name in rest:
         result.setdefault(name, _undivided(rest[name]))
-    return result
+    return result, groups
 
 
 def _name_tables(lookups: Sequence[Lookup]) -> None:
@@ -166,21 +236,23 @@ def _undivided(dims: Dims) -> Division:
     return Division("unknown", reason=reasons[0]) if reasons else Division()
 
 
-def _divided(dims: Mapping[str, Dims], found: Found) -> dict[str, Division]:
+def _divided(dims: Mapping[str, Dims], found: Found) -> list[Group]:
     """Columns, rows, and the vectors that go with them."""
     shards = {name: [_shards(axes) for axes in each] for name, each in dims.items()}
     links: nx.Graph[Axis] = nx.Graph()
     for each in shards.values():
         for parts in each:
             nx.add_path(links, [shard.first for shard in parts])
-    result: dict[str, Division] = {}
+    result: list[Group] = []
+    taken: set[str] = set()
     groups = [frozenset(group) for group in nx.connected_components(links)]
     for group in sorted(groups, key=lambda group: _first_use(found.products, group)):
         if not _is_pair(found, group) or _meets_itself(found.dims.values(), group):
             continue
         divided = _divide_by(group, dims, shards, found.products)
-        if divided is not None and not divided.keys() & result.keys():
-            result.update(divided)
+        if divided is not None and not divided.keys() & taken:
+            result.append(Group(divided, group))
+            taken |= divided.keys()
     return result
 
 

@@ -16,7 +16,8 @@ from shardwright.passes import flow
 from shardwright.passes.alike import samples
 from shardwright.passes.blocks import LISTS, Block, find_blocks
 from shardwright.passes.build import Built
-from shardwright.passes.contract import Batch, Contract, TableLimits
+from shardwright.passes.contract import Batch, Contract, Loss, TableLimits
+from shardwright.passes.divided_form import WHOLE, LocalForm
 from shardwright.passes.draws import LARGEST, SMALLEST, Draws, drawing
 from shardwright.passes.fake import Twins, fake_mode, faked
 from shardwright.passes.flow import Flow
@@ -25,7 +26,7 @@ from shardwright.passes.imports import UserCode
 from shardwright.passes.kernels import kernels_of
 from shardwright.passes.recurrent import recurrent_layers
 from shardwright.passes.step_run import Step, StepRun, run_step
-from shardwright.passes.trial import Trial
+from shardwright.passes.trial import Ran, Trial, operators_of
 from shardwright.passes.unit_run import cast_floating
 from shardwright.passes.unpriced import UnpricedOperator, refusal
 from shardwright.schemas.cluster import DeviceKind
@@ -36,7 +37,8 @@ from shardwright.schemas.profile import ComputeDtypeName
 CAST: dict[ComputeDtypeName, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 """What parameters and inputs are cast to ([Note: compute dtype])."""
 MICRO_BATCHES = (2, 3, 4)
-"""Fitted at the first two, verified at the third ([Note: affine in the micro-batch])."""
+"""Fitted at the first two, verified at the third ([Note: affine in the micro-batch]): that of the whole model, whose
+parts do the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Tracer:
     kind: DeviceKind
     profile: ProfileSpec = field(default_factory=ProfileSpec)
     mode: FakeTensorMode = field(default_factory=fake_mode)
+    form: LocalForm = WHOLE
+    """The form of the model that is traced, whole unless said otherwise."""
 
     def choose_blocks(self) -> Chosen:
         """The repeated blocks that forward calls exactly once each, in that order, found by trial runs that also check
@@ -107,7 +111,7 @@ class Tracer:
         try:
             with self._faked(blocks, cast, draw) as (twins, attention, _):
                 Trial(twins, cast).run(self._step(self.contract.batch(MICRO_BATCHES[0]), cast), blocks)
-                for micro_batch in MICRO_BATCHES:
+                for micro_batch in MICRO_BATCHES[: 3 if self.form.degree == 1 else 2]:
                     step = self._step(self.contract.batch(micro_batch), cast)
                     with self.code.running(self.built.key, "backward", self.built.module):
                         run = run_step(
@@ -131,6 +135,22 @@ class Tracer:
         with forwards, drawing(draw, self.code.modules()), recurrent_layers():
             yield
 
+    def of_form(self, form: LocalForm) -> Tracer:
+        """Traces what one of several processes that share every layer sees."""
+        contract = replace(self.contract, loss=self.contract.divided_loss or self.contract.loss)
+        return replace(self, form=form, contract=contract)
+
+    def of_loss(self, loss: Loss) -> Tracer:
+        """Traces the same forward with another loss."""
+        return replace(self, contract=replace(self.contract, loss=loss))
+
+    def try_out(self, blocks: Sequence[Block], draw: float) -> list[Ran]:
+        """One forward and loss on fake tensors, one block of each kind; the operators that ran."""
+        batch = self.contract.batch(MICRO_BATCHES[0])
+        with self._faked(blocks, None, draw) as (twins, _, _), operators_of(self.built.module) as ran:
+            Trial(twins, None).run(self._step(batch, None), blocks)
+        return ran
+
     def watch_flow(self, blocks: Sequence[Block], draw: float) -> Flow:
         """Where activations go and what parameters do, in the dtypes that the model declares."""
         batches = [self.contract.batch(micro_batch) for micro_batch in flow.MICRO_BATCHES]
@@ -148,6 +168,7 @@ class Tracer:
         modules = self.code.modules()
         with (
             replaced_by_job(model, self.profile.forwards, self.code),
+            self.form.of(model),
             faked(model, self.mode, cast, inside) as twins,
             self.mode,
             kernels_of(self.kind, modules) as attention,

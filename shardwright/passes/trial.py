@@ -7,16 +7,19 @@ and fill what modules cache on first use.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from shardwright.passes.alike import Signature, numbers_read, run_signed
 from shardwright.passes.blocks import Block
 from shardwright.passes.boundary import results_of
 from shardwright.passes.fake import Twins
+from shardwright.passes.record import Recorder, module_paths
 from shardwright.passes.step_run import Step, replaced_forwards
 from shardwright.passes.unit_run import Nest, cast_floating
 from shardwright.passes.untyped import DispatchMode
@@ -84,6 +87,25 @@ class Trial:
         if ran != self._ran[key] or Nest.of(output)[0].key() != self._outputs[key].key():
             self.unlike[block.path] = hash(ran)
         return output
+
+
+class Ran(NamedTuple):
+    """One call of an operator that does work."""
+
+    module: str
+    operator: str
+    shapes: tuple[tuple[int, ...], ...]
+    """Of its operands."""
+
+
+@contextmanager
+def operators_of(model: nn.Module) -> Iterator[list[Ran]]:
+    """Fills in, while open, the operators that run, with the modules of the model that call them."""
+    recorder = Recorder((), "")
+    ran: list[Ran] = []
+    with recorder, module_paths(recorder, model, lambda _: False):
+        yield ran
+        ran += [Ran(event.module, event.name, event.shapes) for event in recorder.take(in_backward=False).events]
 
 
 _PRODUCTS = {"aten::mm": (0, 1), "aten::bmm": (0, 1), "aten::addmm": (1, 2), "aten::baddbmm": (1, 2)}

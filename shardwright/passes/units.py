@@ -19,6 +19,7 @@ from typing import Any
 
 from shardwright.passes.blocks import Block
 from shardwright.passes.calls import fit_calls, fit_results
+from shardwright.passes.exchanges import exchanges
 from shardwright.passes.fit import NotAffine, fit, fit_peak, operators
 from shardwright.passes.moments import block_instants, outside_instants, rises_in_model, worst_moments
 from shardwright.passes.record import Event
@@ -166,11 +167,9 @@ class CostFitter:
     def outside(self, region: str) -> UnitCost:
         """Cost of what runs in a region outside the blocks."""
         first = self.steps[0].input_only
-        costs = operators(
-            [_of(step.forward.events, region) for step in self.steps],
-            [_of(step.backward.events, region) for step in self.steps],
-            _of(first.events if first else [], region),
-        )
+        forward = [_of(step.forward.events, region) for step in self.steps]
+        backward = [_of(step.backward.events, region) for step in self.steps]
+        costs = operators(forward, backward, _of(first.events if first else [], region))
         saved = [books.outside[region] for books in self.books]
         pairs = zip(self.books, self.steps, strict=True)
         output = [books.entering if region == EMBEDDING else step.loss_bytes for books, step in pairs]
@@ -186,6 +185,7 @@ class CostFitter:
                 POLICIES, worst_moments([outside_instants(step.backward, region) for step in self.steps], Affine(0, 0))
             ),
             held_by_weight=_fit_held([step.held_by_weight[region] for step in self.steps]),
+            exchanges=exchanges(forward, backward),
         )
 
 
@@ -215,7 +215,7 @@ def _block_cost(
     uncounted = {policy: _uncounted(elsewhere, policy).plus(passing) for policy in POLICIES}
     return UnitCost(
         operators=costs.operators,
-        not_recomputed=operators(once, [[], [], []], []).operators,
+        not_recomputed=operators(once, [[]] * len(once), []).operators,
         saved=_fit_saved(saved),
         output=fit([_output_bytes(run) for run in runs], "the bytes of the output are"),
         forward_peak=fit_peak([run.forward_rises for run in runs], "forward"),
@@ -229,6 +229,7 @@ def _block_cost(
         moments_after=calls.moments_after,
         crossing=passing,
         held_by_weight=_fit_held([run.held_by_weight for run in runs]),
+        exchanges=exchanges([run.forward for run in runs], [run.backward for run in runs], range(first, stop)),
     )
 
 

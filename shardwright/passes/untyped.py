@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Scalar = torch.Tensor | GradientEdge
@@ -27,6 +28,13 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         """Nothing is compiled under a mode of ours, and the guard against it would cost more than what they do."""
         return False
+
+
+class FunctionMode(TorchFunctionMode):
+    """A mode whose `__torch_function__` sees every call of torch above autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
