@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -127,9 +128,10 @@ class Bucket:
     def release(self, *, secondary: bool = False) -> None:
         """Frees the whole parameters, where they are sharded.
 
-        `secondary`: keeps a second, wider slice of them until backward (hpZ of ZeRO++, arXiv 2306.10209, section 3.2).
+        `secondary`: keeps a second, wider slice of them until backward (hpZ of ZeRO++, arXiv 2306.10209, section 3.2);
+        where that is the whole, frees nothing.
         """
-        if self.levels.parameters == 0 or not self.is_whole:
+        if self.levels.parameters == 0 or not self.is_whole or (secondary and self.levels.secondary == 0):
             return
         if secondary and self.levels.secondary < self.levels.parameters:
             self.secondary = self.levels.slice(self.whole, self.levels.secondary).clone()
@@ -222,6 +224,20 @@ class Bucket:
         for run in self.runs:
             run.parameter.grad = self.reduced[run.start : run.start + run.parameter.numel()]
         self.reduced = None
+
+    def shares(self, share_of: Callable[[nn.Parameter], float]) -> Iterator[tuple[float, Tensor]]:
+        """What the optimizer has of the gradient, each piece with its share of the norm.
+
+        `share_of` says it of a parameter, without the copies that the levels make.
+        """
+        begin = self.levels.start(self.padded, self.levels.optimizer_states)
+        for share, alike in groupby(self.places, lambda place: share_of(place.parameter)):
+            places = list(alike)
+            first, end = places[0].start - begin, places[-1].start + places[-1].shape.numel() - begin
+            for run in self.runs:
+                low, high = max(first - run.start, 0), min(end - run.start, run.parameter.numel())
+                if low < high and run.parameter.grad is not None:
+                    yield share / self.levels.copies, run.parameter.grad[low:high]
 
     def publish(self) -> None:
         """Issues the gather of the optimizer's values from level o to level p, and drops the gradients."""

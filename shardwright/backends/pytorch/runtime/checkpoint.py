@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,7 @@ class Checkpoints:
                 raise FormatError(f"{folder}: made with seed {index.train.seed}, not {seed}: the batches would differ")
             if index.optimizer != type(optimizer).__name__:
                 raise FormatError(f"{folder}: holds states of {index.optimizer}, not of {type(optimizer).__name__}")
-            with self.holder.room(optimizer, _stored_states(index, model)) as rooms:
+            with self.holder.room(optimizer, _stored_states(index, model, self.holder)) as rooms:
                 tensors = model_tensors(model, self.holder)
                 differing = {name for name in index.tensors if not name.startswith("optimizer.")} ^ tensors.keys()
                 if differing:
@@ -192,11 +193,12 @@ def state_tensors(model: nn.Module, states: Iterable[HeldState]) -> dict[str, He
 
 
 def _own_pieces(tensors: Mapping[str, Held]) -> dict[str, Tensor]:
-    """What this process writes: of what several hold, its turn only."""
+    """What this process writes: of what several hold, its turn only. Whose turn it is follows from the name, for not
+    all of those who hold a tensor need hold the same other ones."""
     pieces: dict[str, Tensor] = {}
-    for number, (name, held) in enumerate(tensors.items()):
+    for name, held in tensors.items():
         which, count = held.replica
-        if held.written and number % count == which:
+        if held.written and crc32(name.encode()) % count == which:
             pieces |= {key_of(name, box): values for box, values in held.parts if box.numel}
     return pieces
 
@@ -224,7 +226,7 @@ def _collect(folder: Path, tensors: Mapping[str, Held]) -> dict[str, Stored]:
     return stored
 
 
-def _stored_states(index: Index, model: nn.Module) -> dict[nn.Parameter, dict[str, Stored]]:
+def _stored_states(index: Index, model: nn.Module, holder: Holder) -> dict[nn.Parameter, dict[str, Stored]]:
     """The optimizer states of a checkpoint, by parameter: each of the parameter's shape, or a scalar."""
     parameters = dict(model.named_parameters())
     states: dict[nn.Parameter, dict[str, Stored]] = defaultdict(dict)
@@ -233,7 +235,7 @@ def _stored_states(index: Index, model: nn.Module) -> dict[nn.Parameter, dict[st
             continue
         state, parameter_name = name.removeprefix("optimizer.").split(".", 1)
         parameter = parameters.get(parameter_name)
-        if parameter is None or stored.shape not in ((), tuple(parameter.shape)):
+        if parameter is None or stored.shape not in ((), holder.held(parameter).shape):
             raise FormatError(f"{name}: the model has no such parameter, or not of shape {stored.shape}")
         states[parameter][state] = stored
     return states

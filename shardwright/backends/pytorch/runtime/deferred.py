@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .wrappers import replace_innermost
+
 
 class Deferred:
     """What one use of a layer needs for its weight gradients; `compute` lets go of it."""
@@ -83,7 +85,7 @@ def defer_weight_gradients(module: nn.Module, queue: WeightQueue) -> None:
     for each in module.modules():
         by_input = f"{type(each).__module__}.{type(each).__name__}" == "transformers.pytorch_utils.Conv1D"
         if by_input or type(each) is nn.Linear:
-            each.forward = partial(_linear, each, queue, by_input)
+            replace_innermost(each, partial(_linear, each, queue, by_input))
 
 
 def _linear(layer: Any, queue: WeightQueue, by_input: bool, input: Tensor) -> Tensor:

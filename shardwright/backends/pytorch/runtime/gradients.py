@@ -34,5 +34,16 @@ def square_over_groups(
     return total
 
 
+def weighted_square(shares: Iterable[tuple[float, Tensor]], device: torch.device) -> Tensor:
+    """The sum of the squares of gradients, each with its share: what one process adds to the sum over all."""
+    by_share: dict[float, list[Tensor]] = {}
+    for share, gradient in shares:
+        by_share.setdefault(share, []).append(gradient)
+    total = torch.zeros((), device=device)
+    for share, gradients in by_share.items():
+        total += share * torch.nn.utils.get_total_norm(gradients).square()
+    return total
+
+
 def _norm(parameters: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])

@@ -4,7 +4,8 @@
 The model is built with its parameters on the meta device (`parameters_on_meta`). Then each block, and at the end what
 lies outside the blocks, gets memory, is initialised from a seed of its own and is sharded before the next one is
 touched. Within a unit, children come before their parents, each through `_init_weights` of the Hugging Face model that
-it belongs to, or through its own `reset_parameters`.
+it belongs to, or through its own `reset_parameters`. Parameters that several processes share ([Note: divided
+parameters]) are initialised whole, on each of them, before it goes on with its part.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .divided import narrow_again, parts_here, whole_counts
 from .session import seed_for
 
 
@@ -52,11 +54,11 @@ def initialize(model: nn.Module, path: str, *, seed: int, device: torch.device, 
     unit = model.get_submodule(path)
     done = [parameter for parameter in model.parameters() if not parameter.is_meta]
     versions = [parameter._version for parameter in done]
-    created = _materialize(model, _on_meta(unit, model, without), device)
+    created = _materialize(model, _on_meta(unit, model, without), device, whole=True)
     for module in unit.modules():
         _move_buffers(module, device)
     torch.manual_seed(seed_for(seed, "init", path))
-    with torch.no_grad():
+    with torch.no_grad(), whole_counts(unit):
         for module, reset in _initializers(model, path):
             if any(id(parameter) in created for parameter in module.parameters()):
                 reset()
@@ -71,6 +73,7 @@ def initialize(model: nn.Module, path: str, *, seed: int, device: torch.device, 
             f"initialising {path or 'the model'} changes parameters of blocks that are initialised already; "
             "write `init: constructor` under `model` in the job"
         )
+    narrow_again(model, created)
 
 
 def allocate(model: nn.Module, device: torch.device, without: Iterable[str] = ()) -> None:
@@ -96,15 +99,19 @@ def _on_meta(unit: nn.Module, model: nn.Module, without: Iterable[str]) -> set[n
     return {parameter for parameter in unit.parameters() if parameter.is_meta and parameter not in left}
 
 
-def _materialize(model: nn.Module, parameters: set[nn.Parameter], device: torch.device) -> dict[int, nn.Parameter]:
+def _materialize(
+    model: nn.Module, parameters: set[nn.Parameter], device: torch.device, *, whole: bool = False
+) -> dict[int, nn.Parameter]:
     """Replace these parameters by NaN-filled ones wherever the model has them, so that tied ones stay tied; returns the
-    new ones by id."""
+    new ones by id. `whole`: those that are divided in their whole shape."""
     new: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter in parameters:
                 if parameter not in new:
-                    values = torch.full_like(parameter, torch.nan, device=device)
+                    part = parts_here(module).get(name) if whole else None
+                    like = parameter if part is None else torch.empty(part.shape, dtype=parameter.dtype, device="meta")
+                    values = torch.full_like(like, torch.nan, device=device)
                     new[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
                 setattr(module, name, new[parameter])
     return {id(parameter): parameter for parameter in new.values()}

@@ -247,7 +247,12 @@ class LateStep:
         self.states.publish()
 
     def _own_square(self) -> Tensor:
-        """The square of the norm of this rank's stages; 0 but for one of the processes that have the same ones."""
+        """The square of the norm of this rank's stages; 0 but for one of the processes that have the same ones.
+
+        Where processes share one copy of the model, what this one adds to it.
+        """
+        if self.states.share_of is not None:
+            return self.states.share_of_square()
         # These processes are done at the same time, so this keeps nobody waiting. It is the order of sums of
         # `gradient_norm`, and other than a share of each, zeros do not round.
         square = self.states.gradient_square()

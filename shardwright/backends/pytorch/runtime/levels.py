@@ -85,6 +85,11 @@ class Levels:
         """Devices that a buffer at a level is divided over."""
         return prod(self.sizes[:level])
 
+    @property
+    def copies(self) -> int:
+        """Processes that have the same part of the optimizer states."""
+        return prod(self.sizes[self.optimizer_states :])
+
     def start(self, numel: int, level: int) -> int:
         """Where this process's part at a level begins in a whole flat buffer of so many elements."""
         begin = 0

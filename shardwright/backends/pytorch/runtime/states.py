@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .buckets import Bucket, Run
-from .gradients import square_over_groups
+from .gradients import square_over_groups, weighted_square
 from .hooks import Hooks
 from .levels import Chain, Levels
 
@@ -33,6 +33,10 @@ class ShardedStates:
 
     `dtype` is that of the parameters in forward and backward; the optimizer works on fp32. `kind_of` numbers the kinds
     of parameters that the optimizer treats alike, see `parameter_groups`. Every process must make the same calls.
+
+    Where processes share one copy of the model: `experts` are the levels of the parameters that `is_expert` finds, over
+    the processes that have the same ones; no degree may exceed that of `levels`, and its axes are the slowest of those
+    of `levels`. `share_of`: see [Note: shares of the norm] in `shares.py`, without what levels say.
     """
 
     def __init__(
@@ -42,8 +46,16 @@ class ShardedStates:
         *,
         reshard_after_forward: bool = True,
         kind_of: Callable[[nn.Parameter], int] = kind_by_shape,
+        experts: Levels | None = None,
+        is_expert: Callable[[nn.Parameter], bool] | None = None,
+        share_of: Callable[[nn.Parameter], float] | None = None,
     ) -> None:
         self.levels, self.dtype, self.kind_of = levels, dtype, kind_of
+        self.experts, self.is_expert, self.share_of = experts, is_expert, share_of
+        if experts is not None:
+            _check_within(experts, levels)
+            if is_expert is None or share_of is None:
+                raise ValueError("with levels of experts, `is_expert` and `share_of` must be given")
         self.units: list[list[Bucket]] = []
         self.buffers: dict[Tensor, bool] = {}
         """Buffers that only one stage of a pipeline changes, and whether it is one of this process."""
@@ -70,8 +82,13 @@ class ShardedStates:
         """
         own = [parameter for parameter in parameters if parameter not in self._taken]
         self._taken.update(own)
-        sides = [[parameter for parameter in own if parameter.requires_grad is trains] for trains in (True, False)]
-        buckets = [Bucket(side, self.levels, self.dtype, self.kind_of, copy=copy) for side in sides if side]
+        experts = {each for each in own if self.is_expert is not None and self.is_expert(each)}
+        buckets = [
+            Bucket(side, levels, self.dtype, self.kind_of, copy=copy)
+            for levels, members in ((self.levels, set(own) - experts), (self.experts or self.levels, experts))
+            for trains in (True, False)
+            if (side := [each for each in own if each in members and each.requires_grad is trains])
+        ]
         self.units.append(buckets)
         for bucket in buckets:
             for place in bucket.places if bucket.trainable else ():
@@ -157,7 +174,14 @@ class ShardedStates:
         return [run.parameter for of_unit in units for bucket in of_unit for run in bucket.runs]
 
     def gradient_norm(self, pipeline: dist.ProcessGroup | None = None) -> Tensor:
-        """The L2 norm of the whole gradient, a scalar on the device. `pipeline`: the processes that have its parts."""
+        """The L2 norm of the whole gradient, a scalar on the device. `pipeline`: the processes that have its parts.
+
+        With `share_of` it is one sum over all processes.
+        """
+        if self.share_of is not None:
+            square = self.share_of_square()
+            dist.all_reduce(square)
+            return square.sqrt()
         square = self.gradient_square()
         if pipeline is not None:
             dist.all_reduce(square, group=pipeline)
@@ -165,9 +189,14 @@ class ShardedStates:
 
     def gradient_square(self) -> Tensor:
         """The square of the norm of what this process and those of the levels' axes have, without copies."""
-        device = next(bucket for unit in self.units for bucket in unit).whole.device
-        counted = [run.parameter for bucket in self._trainable() if not bucket.copy for run in bucket.runs]
-        return square_over_groups(counted, self.levels.groups[: self.levels.optimizer_states], device)
+        counted = [run.parameter for bucket in self._counted() for run in bucket.runs]
+        return square_over_groups(counted, self.levels.groups[: self.levels.optimizer_states], self._device())
+
+    def share_of_square(self) -> Tensor:
+        """What this process adds to the square of the norm of the whole gradient, without copies; needs `share_of`."""
+        assert self.share_of is not None
+        counted = [part for bucket in self._counted() for part in bucket.shares(self.share_of)]
+        return weighted_square(counted, self._device())
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -178,8 +207,25 @@ class ShardedStates:
         for unit in range(len(self.units)):
             self.release(unit)
 
+    def _device(self) -> torch.device:
+        return next(bucket for unit in self.units for bucket in unit).whole.device
+
+    def _counted(self) -> Iterator[Bucket]:
+        return (bucket for bucket in self._trainable() if not bucket.copy)
+
     def _trainable(self) -> Iterator[Bucket]:
         return (bucket for unit in self.units for bucket in unit if bucket.trainable)
 
     def _runs(self) -> Iterator[Run]:
         return (run for bucket in self._trainable() for run in bucket.runs)
+
+
+def _check_within(experts: Levels, levels: Levels) -> None:
+    """Raises ValueError where the levels of experts are not what sharing them leaves of the others."""
+    rest = len(levels.sizes) - len(experts.sizes)
+    if rest < 0 or levels.sizes[rest:] != experts.sizes:
+        raise ValueError(f"the axes of the experts, {experts.sizes}, are not the slowest ones of {levels.sizes}")
+    for name in ("parameters", "gradients", "optimizer_states", "secondary"):
+        expected = max(getattr(levels, name) - rest, 0)
+        if getattr(experts, name) != expected:
+            raise ValueError(f"the {name} of experts are sharded otherwise than the others' over the same axes")

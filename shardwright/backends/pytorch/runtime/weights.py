@@ -88,7 +88,7 @@ def _load(model: nn.Module, folder: Path, naming: Naming, unused: Sequence[str],
         with together("load", what):
             if turn:
                 stored = stored_tensors(folder)
-                fills = match(model, stored, naming, unused)
+                fills = match(model, stored, naming, unused, holder)
     by_file: dict[Path, list[Fill]] = defaultdict(list)
     for fill in fills:
         by_file[stored[fill.part.stored].path].append(fill)
@@ -128,7 +128,13 @@ def stored_tensors(folder: Path) -> dict[str, Located]:
     return tensors
 
 
-def match(model: nn.Module, stored: Mapping[str, Located], naming: Naming, unused: Sequence[str]) -> list[Fill]:
+def match(
+    model: nn.Module,
+    stored: Mapping[str, Located],
+    naming: Naming,
+    unused: Sequence[str],
+    holder: Holder = STOCK,
+) -> list[Fill]:
     """What to read into which tensor of the model. Raises FormatError unless every tensor of the model gets all its
     elements, and every stored one has a place or matches one of `unused`."""
     parts = naming(model, {name: located.entry.shape for name, located in stored.items()})
@@ -144,7 +150,7 @@ def match(model: nn.Module, stored: Mapping[str, Located], naming: Naming, unuse
         missing += [] if found else [tied[0]]
         for number, name in enumerate(found):
             tensor = tensors[name]
-            shapes += _misshapen(name, tensor, parts[name], stored)
+            shapes += _misshapen(name, holder.held(tensor).shape, parts[name], stored)
             kinds += _of_another_kind(name, tensor, parts[name], stored)
             fills += [Fill(name, tensor, part, compare=number > 0) for part in parts[name]]
     left = [part.stored for name in parts.keys() - tensors.keys() for part in parts[name]]
@@ -224,8 +230,7 @@ def _without_weights(folder: Path) -> str:
     )
 
 
-def _misshapen(name: str, tensor: Tensor, parts: Sequence[Part], stored: Mapping[str, Located]) -> list[str]:
-    shape = tuple(tensor.shape)
+def _misshapen(name: str, shape: tuple[int, ...], parts: Sequence[Part], stored: Mapping[str, Located]) -> list[str]:
     try:
         check_cover(name, shape, [part.box for part in parts])
     except FormatError:
