@@ -7,10 +7,12 @@ from typing import Literal
 
 from shardwright.planner.constants import Constant, attention_efficiency, device_constants
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.parallel import WHOLE
 from shardwright.planner.pipelines.costs import WHOLE_BACKWARD
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.space import Pipe, Point
 from shardwright.schemas.cluster import ClusterSpec
+from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Assumption
 from shardwright.schemas.profile import ModelProfile
 from shardwright.schemas.units import format_flops, format_rate, format_seconds, human_bytes
@@ -18,8 +20,9 @@ from shardwright.schemas.units import format_flops, format_rate, format_seconds,
 Origin = Literal["measured", "catalogue", "default", "job"]
 
 
-def assumptions(point: Point, cluster: ClusterSpec, profile: ModelProfile) -> tuple[Assumption, ...]:
+def assumptions(point: Point, job: JobSpec, profile: ModelProfile) -> tuple[Assumption, ...]:
     """Everything assumed for this point."""
+    cluster = job.cluster
     dtype = PRECISIONS[point.precision].compute
     kernel = profile.attention[dtype]
     listed = [*_device(point, cluster), *_levels(point, cluster), *_constants(point, cluster, kernel)]
@@ -36,10 +39,29 @@ def assumptions(point: Point, cluster: ClusterSpec, profile: ModelProfile) -> tu
         listed.append(Assumption(name="groups of the second copy", value=value, origin="default", source=source))
     if point.pipe is not None:
         listed += _pipeline(point.pipe)
-    if point.world > 1:
+    listed += _shared(point, job)
+    if point.devices > 1:
         traits = ENGINES[point.engine]
         listed.append(Assumption(name="engine", value=point.engine, origin="measured", source=traits.run_on))
     return tuple(listed)
+
+
+def _shared(point: Point, job: JobSpec) -> Iterator[Assumption]:
+    """Of processes that share one copy of the model."""
+    if point.parallel != WHOLE:
+        yield Assumption(
+            name="exchanges within a layer",
+            value="the compute waits for all of them",
+            origin="default",
+            source="what travels beside it (of a ring) is not credited",
+        )
+    if point.parallel.ep > 1:
+        yield Assumption(
+            name="tokens of the fullest process, of the mean",
+            value=f"{job.strategy.expert_imbalance:g}",
+            origin="job",
+            source="strategy.expert_imbalance; the script logs what it is",
+        )
 
 
 def _pipeline(pipe: Pipe) -> Iterator[Assumption]:
@@ -82,7 +104,7 @@ def _device(point: Point, cluster: ClusterSpec) -> Iterator[Assumption]:
 
 
 def _levels(point: Point, cluster: ClusterSpec) -> Iterator[Assumption]:
-    for level in cluster.levels if point.world > 1 else ():
+    for level in cluster.levels if point.devices > 1 else ():
         name = f"levels.{level.name}"
         yield _of_cluster(cluster, f"{name}.bandwidth", format_rate(level.bandwidth), level.source)
         yield _of_cluster(cluster, f"{name}.latency", format_seconds(level.latency), level.source)
@@ -95,7 +117,7 @@ def _constants(point: Point, cluster: ClusterSpec, kernel: str) -> Iterator[Assu
         used.append(constants.unmeasured)
     if kernel != "none":
         used.append(attention_efficiency(cluster.device))
-    if point.world > 1:
+    if point.devices > 1:
         used.append(constants.links)
     if ENGINES[point.engine].shards:
         used.append(constants.group_hooks)

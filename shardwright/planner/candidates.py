@@ -18,6 +18,9 @@ them less memory wins, then the simpler point."""
 MEMORY_TIE = 20
 """Memory counts as equal within this part of the budget: little of it is no reason to leave the simpler point."""
 
+METHODS = ("none", "gather", "ring", "ulysses")
+"""Of context parallelism, the simplest first."""
+
 Predicate = Callable[[Point], bool]
 
 
@@ -35,12 +38,17 @@ class Candidate:
 
 
 def simplicity(point: Point) -> tuple[int, ...]:
-    """Smaller is simpler: fewer blocks recomputed, no pipeline or one of fewer stages, less sharding, gradients reduced
-    at once, fewer micro-batches."""
+    """Smaller is simpler: nothing shared but samples, fewer blocks recomputed, no pipeline or one of fewer stages, less
+    sharding, gradients reduced at once, fewer micro-batches."""
     extras = len(point.axes) + (point.secondary is not None) + len(point.int8_gathers) + len(point.int4_reductions)
     waits = point.gradient_degree != point.optimizer_degree
     pipe = point.pipe
+    shared = point.parallel
     return (
+        shared.tp * shared.cp * shared.ep,
+        shared.tp * shared.cp,
+        shared.cp,
+        METHODS.index(shared.method),
         point.recomputed,
         list(ENGINES).index(point.engine),
         0 if pipe is None else pipe.ranks * pipe.chunks,
@@ -72,9 +80,9 @@ def best_first(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
 
 def measure(predictor: Predictor, point: Point) -> Candidate:
     """A point's memory against the budgets. Raises InputError where its schedule cannot be made."""
-    peak = predictor.peak(point)
-    reserved = predictor.memory.reserved(peak.total)
-    host = predictor.memory.host_bytes(point, peak.total)
+    peak, memory = predictor.peak(point), predictor.of(point.parallel).memory
+    reserved = memory.reserved(peak.total)
+    host = memory.host_bytes(point, peak.total)
     fits = reserved <= predictor.device_budget and host <= predictor.job.host_memory_limit
     return Candidate(point, peak, reserved, host, fits)
 

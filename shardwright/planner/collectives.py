@@ -11,7 +11,10 @@ ddp: one all-reduce per bucket and step. Buckets are filled in the order in whic
 soon as they hold the cap (torch 2.13, reducer.cpp, `compute_bucket_assignment_by_size`); that order is taken to be the
 reverse of registration, so above one cap's worth of gradients the sizes (not their sum) may differ.
 amsp: one chain of collectives per bucket, one collective an axis (planner/flat.py).
-The gradient norm of DTensors is one all-reduce over dp_shard of one float32 per gradient.
+The experts' parameters have groups, or buckets, and axes of their own ([Note: states of experts] in parts.py).
+The gradient norm of DTensors is one all-reduce over dp_shard of one float32 per gradient, that of flat buckets one of
+one float32 an axis. Where tensors or experts are divided it is one of one float32 over the world.
+What processes that share one copy of the model exchange, the profile says.
 All of it was counted in running processes on torch 2.13 (tests/planner).
 """
 
@@ -21,17 +24,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.exchanges import exchange_calls, units_by_segment
 from shardwright.planner.flat import step_sends
-from shardwright.planner.groups import Groups
+from shardwright.planner.groups import Groups, Sizes
+from shardwright.planner.parallel import WHOLE
+from shardwright.planner.parts import Part, parts_of, spans_world
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
-from shardwright.planner.space import Point, axis_name
+from shardwright.planner.space import Point
 from shardwright.schemas.plan import Collective
-from shardwright.schemas.profile import Parameter
+from shardwright.schemas.profile import Parameter, Unit
 
 COUNTS_BYTES = 24
 """float64: tokens of the global batch, stop requested, save requested."""
 LOSS_BYTES = 8
 """float64: sum of the loss."""
+ROWS_BYTES = 8
+"""int64: rows that a layer of experts computed."""
 
 
 def step_collectives(point: Point, groups: Groups, bucket_cap_bytes: int | None = None) -> tuple[Collective, ...]:
@@ -40,7 +48,8 @@ def step_collectives(point: Point, groups: Groups, bucket_cap_bytes: int | None 
     `bucket_cap_bytes` replaces ddp's cap.
     """
     cap = DDP_BUCKET_CAP_MIB * 2**20 if bucket_cap_bytes is None else bucket_cap_bytes
-    return merged((*_states(point, groups, cap), *metrics_calls(point)))
+    ends = (*world_norm(point), *metrics_calls(point), *load_calls(point, len(groups.profile.expert_layers)))
+    return merged((*_states(point, groups, cap), *exchanged(point, _units(point, groups)), *ends))
 
 
 def merged(each: Iterable[tuple[Collective, int]]) -> tuple[Collective, ...]:
@@ -70,28 +79,37 @@ def gradient_reductions(point: Point) -> int:
 
 def _states(point: Point, groups: Groups, cap: int) -> Iterator[tuple[Collective, int]]:
     if ENGINES[point.engine].flat:
-        yield from _flat(point, groups)
+        for part in parts_of(point):
+            yield from _flat(part, part.groups(groups), norm=not spans_world(point))
         return
     if not ENGINES[point.engine].shards:
         for size in ddp_buckets(groups.profile.parameters, cap):
             yield call_of("all_reduce", "dp_replicate", point.world, size, "gradients"), 1
         return
-    sizes = groups.sizes(point.shard)
+    for part in parts_of(point):
+        yield from _dimension_0(part, part.groups(groups).sizes(part.point.shard))
+    if not spans_world(point):
+        scalars = MASTER_BYTES * groups.sizes(point.shard).tensors
+        yield call_of("all_reduce", "dp_shard", point.shard, scalars, "grad_norm"), 1
+
+
+def _dimension_0(part: Part, sizes: Sizes) -> Iterator[tuple[Collective, int]]:
+    point, axis = part.point, part.shard_axis
     compute = PRECISIONS[point.precision].compute_bytes
     once = 1 if point.kept else point.accumulation
     for elements in (*sizes.blocks, sizes.root):
-        yield call_of("all_gather", "dp_shard", point.shard, compute * elements, "parameters"), once
+        yield call_of("all_gather", axis, point.shard, compute * elements, "parameters"), once
     for elements in () if point.kept else sizes.blocks:
         again = point.secondary or point.shard
-        yield call_of("all_gather", "dp_shard", again, compute * elements, "parameters"), point.accumulation
+        yield call_of("all_gather", axis, again, compute * elements, "parameters"), point.accumulation
     for elements in (*sizes.block_gradients, sizes.root_gradients):
         size = MASTER_BYTES * elements
-        yield call_of("reduce_scatter", "dp_shard", point.shard, size, "gradients"), gradient_reductions(point)
-        yield call_of("all_reduce", "dp_replicate", point.replicas, size // point.shard, "gradients"), 1
-    yield call_of("all_reduce", "dp_shard", point.shard, MASTER_BYTES * sizes.tensors, "grad_norm"), 1
+        yield call_of("reduce_scatter", axis, point.shard, size, "gradients"), gradient_reductions(point)
+        yield call_of("all_reduce", part.replicate_axis, point.replicas, size // point.shard, "gradients"), 1
 
 
-def _flat(point: Point, groups: Groups) -> Iterator[tuple[Collective, int]]:
+def _flat(part: Part, groups: Groups, *, norm: bool) -> Iterator[tuple[Collective, int]]:
+    point = part.point
     layout = point.chain
     sends = step_sends(
         layout,
@@ -101,16 +119,56 @@ def _flat(point: Point, groups: Groups) -> Iterator[tuple[Collective, int]]:
         kept=bool(point.kept),
         int8_gathers=point.int8_gathers,
         int4_reductions=point.int4_reductions,
+        norm=norm,
     )
     for send, count in sends.items():
         size = layout.sizes[send.axis]
-        yield call_of(send.kind, axis_name(send.axis), size, send.bytes, send.purpose), count
+        yield call_of(send.kind, part.axis(send.axis), size, send.bytes, send.purpose), count
+
+
+def _units(point: Point, groups: Groups) -> Iterator[tuple[Unit, bool]]:
+    """The units of the model in order, each with whether it is recomputed."""
+    blocks = 0
+    for unit in units_by_segment(groups.profile):
+        blocks += unit.kind == "block"
+        yield unit, unit.kind == "block" and blocks <= point.checkpointed
+
+
+def exchanged(point: Point, units: Iterable[tuple[Unit, bool]]) -> Iterator[tuple[Collective, int]]:
+    """What the processes that share these units tell one another in a step; a unit comes with whether it is
+    recomputed."""
+    if point.parallel == WHOLE:
+        return
+    compute = PRECISIONS[point.precision].compute
+    for each, group, size, count in exchange_calls(units, compute, point.micro_batch, point.parallel):
+        yield call_of(each.kind, each.axis, group, size, "activations"), point.accumulation * count
+
+
+def world_norm(point: Point) -> Iterator[tuple[Collective, int]]:
+    """The gradient norm where it is summed over all processes at once."""
+    if spans_world(point):
+        yield call_of("all_reduce", "world", point.devices, MASTER_BYTES, "grad_norm"), 1
+
+
+def metrics_sizes(point: Point) -> tuple[int, ...]:
+    """Bytes of what all processes sum up for the log. Where all that they share is layers, they have the same loss."""
+    return (COUNTS_BYTES, LOSS_BYTES) if point.world > 1 else (COUNTS_BYTES,)
 
 
 def metrics_calls(point: Point) -> Iterator[tuple[Collective, int]]:
-    """What all processes sum up for the log, each once a step."""
-    for size in (COUNTS_BYTES, LOSS_BYTES):
-        yield call_of("all_reduce", "world", point.world, size, "metrics"), 1
+    """These sums, each once a step."""
+    for size in metrics_sizes(point):
+        yield call_of("all_reduce", "world", point.devices, size, "metrics"), 1
+
+
+def load_bytes(point: Point, layers: int) -> int:
+    """Of what processes that share experts tell one another for the log: int64 rows of so many layers of each."""
+    return ROWS_BYTES * layers * point.parallel.ep
+
+
+def load_calls(point: Point, layers: int) -> Iterator[tuple[Collective, int]]:
+    """How many rows the experts of each process had in each of so many layers, once a step."""
+    yield call_of("all_gather", "ep", point.parallel.ep, load_bytes(point, layers), "metrics"), 1
 
 
 def call_of(kind: str, axis: str, group_size: int, size: int, purpose: str) -> Collective:

@@ -13,11 +13,19 @@ softly: (device^4 + host^4)^(1/4). On a CPU they are one after the other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwright.planner.constants import attention_efficiency, device_constants
+from shardwright.planner.exchanges import NOTHING, UNWIRED, ByAxis, Wiring
 from shardwright.schemas.cluster import ComputeDtype, DeviceSpec
-from shardwright.schemas.profile import ComputeDtypeName, Kind, ModelProfile, Operator, Unit, UnitKind
+from shardwright.schemas.profile import (
+    ComputeDtypeName,
+    Kind,
+    ModelProfile,
+    Operator,
+    Unit,
+    UnitKind,
+)
 
 _RATES: Mapping[str, ComputeDtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 KINDS: tuple[Kind, ...] = ("matmul", "attention", "elementwise")
@@ -31,11 +39,13 @@ class Work:
     """In the order of `KINDS`."""
     launch: float
     """What launching adds to the kernels ([Note: launch])."""
+    exchanges: ByAxis = NOTHING
+    """Of what is exchanged with the processes that share the unit; the kernels wait for it."""
 
     @property
     def seconds(self) -> float:
         """The whole pass."""
-        return sum(self.kinds) + self.launch
+        return sum(self.kinds) + self.launch + sum(self.exchanges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +59,22 @@ class UnitWork:
     """Of input and weight gradients."""
     recompute: float
     """Of a checkpointed block: its forward once more, without the tail whose results nothing needs."""
+    exchanged_again: ByAxis = NOTHING
+    """Of these, what is exchanged once more."""
 
 
 def model_work(
-    profile: ModelProfile, dtype: ComputeDtypeName, micro_batch: int, device: DeviceSpec, hooked: bool
+    profile: ModelProfile,
+    dtype: ComputeDtypeName,
+    micro_batch: int,
+    device: DeviceSpec,
+    hooked: bool,
+    wiring: Wiring = UNWIRED,
 ) -> list[UnitWork]:
-    """Seconds of every unit at a micro-batch ([Note: roofline]); `hooked` where fully_shard's hooks surround it."""
-    return [_unit_work(unit, dtype, micro_batch, device, hooked) for unit in profile.units]
+    """Seconds of every unit at a micro-batch ([Note: roofline]); `hooked` where fully_shard's hooks surround it.
+    `wiring`: of the processes that share one copy of the model. Raises KeyError for an axis that they exchange over and
+    that is not there."""
+    return [_unit_work(unit, dtype, micro_batch, device, hooked, wiring) for unit in profile.units]
 
 
 def model_flops(profile: ModelProfile, dtype: ComputeDtypeName, micro_batch: int) -> int:
@@ -89,7 +108,14 @@ def memory_rate(device: DeviceSpec) -> float:
     return device.memory_bandwidth * device_constants(device).memory.value
 
 
-def _unit_work(unit: Unit, dtype: ComputeDtypeName, micro_batch: int, device: DeviceSpec, hooked: bool) -> UnitWork:
+def _unit_work(
+    unit: Unit,
+    dtype: ComputeDtypeName,
+    micro_batch: int,
+    device: DeviceSpec,
+    hooked: bool,
+    wiring: Wiring,
+) -> UnitWork:
     """The root group's hooks are counted with the head."""
     constants, cost = device_constants(device), unit.costs[dtype]
     hooks = constants.group_hooks.value if hooked and unit.kind != "embedding" else 0.0
@@ -97,12 +123,16 @@ def _unit_work(unit: Unit, dtype: ComputeDtypeName, micro_batch: int, device: De
     backward = [operator for operator in cost.operators if operator.phase != "forward"]
     launch = constants.forward_launch.value
     again, skipped = (_work(each, micro_batch, device, launch, 0.0) for each in (forward, cost.not_recomputed))
+    exchanged = wiring.seconds(cost, micro_batch, constants.links.value)
     return UnitWork(
         kind=unit.kind,
         count=unit.count,
-        forward=_work(forward, micro_batch, device, launch, hooks),
-        backward=_work(backward, micro_batch, device, constants.backward_launch.value, hooks),
-        recompute=max(0.0, again.seconds - skipped.seconds),
+        forward=replace(_work(forward, micro_batch, device, launch, hooks), exchanges=exchanged.forward),
+        backward=replace(
+            _work(backward, micro_batch, device, constants.backward_launch.value, hooks), exchanges=exchanged.backward
+        ),
+        recompute=max(0.0, again.seconds - skipped.seconds) + sum(exchanged.again),
+        exchanged_again=exchanged.again,
     )
 
 

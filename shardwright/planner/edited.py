@@ -11,11 +11,24 @@ from shardwright.planner.candidates import measure
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.explain import misses
 from shardwright.planner.layouts import level_ends
+from shardwright.planner.parallel import WHOLE
 from shardwright.planner.pipelines.edited import mistakes as pipeline_mistakes
 from shardwright.planner.pipelines.space import ENGINE as PIPELINE_ENGINE
 from shardwright.planner.precisions import PRECISIONS, QUALITIES
 from shardwright.planner.predict import Predictor
-from shardwright.planner.space import PIPELINE_AXIS, Point, axis_name, block_count, point_of, profiled, unshardable
+from shardwright.planner.sharing_edited import data_axes, processes
+from shardwright.planner.sharing_edited import mistakes as sharing_mistakes
+from shardwright.planner.space import (
+    PIPELINE_AXIS,
+    TENSOR_AXIS,
+    Point,
+    axis_name,
+    block_count,
+    parallel_of,
+    point_of,
+    profiled,
+    unshardable,
+)
 from shardwright.schemas.checks import divisors, shard_degrees
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
@@ -25,10 +38,14 @@ from shardwright.schemas.profile import ModelProfile
 
 def checked_point(predictor: Predictor, decision: Decision) -> Point:
     """The point that a decision states. Raises InputError with a diagnostic for everything that is wrong with it."""
-    job, profile = predictor.job, predictor.profile
+    shared = list(sharing_mistakes(predictor.job, predictor.profile, decision))
+    if shared:
+        raise InputError(shared)
+    own = predictor.of(parallel_of(decision))
+    job, profile = own.job, own.profile
     flat = ENGINES[decision.engine.name].flat
     wrong = [
-        *_mesh(job, decision),
+        *_mesh(predictor.job, decision),
         *(_flat_states(job, decision) if flat else _states(job, decision)),
         *pipeline_mistakes(job, profile, decision),
         *_secondary(decision),
@@ -72,11 +89,17 @@ def _mesh(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
 
 
 def _axis_names(decision: Decision) -> list[str]:
-    world, shard = decision.mesh.world_size, decision.states.parameters.degree
+    tensor = [TENSOR_AXIS] if decision.tensor_parallel.degree > 1 else []
+    return [*_axes_without_tensors(decision, len(decision.mesh.axes) - len(tensor)), *tensor]
+
+
+def _axes_without_tensors(decision: Decision, count: int) -> list[str]:
+    """Names of so many axes: of stages and data."""
+    world, shard = processes(decision), decision.states.parameters.degree
     if decision.pipeline.schedule != "none":
-        return [PIPELINE_AXIS, *(axis_name(index) for index in reversed(range(len(decision.mesh.axes) - 1)))]
+        return [PIPELINE_AXIS, *(axis_name(index) for index in reversed(range(count - 1)))]
     if ENGINES[decision.engine.name].flat:
-        return [axis_name(index) for index in reversed(range(len(decision.mesh.axes)))]
+        return [axis_name(index) for index in reversed(range(count))]
     if not ENGINES[decision.engine.name].shards:
         return ["dp_replicate"] if world > 1 else []
     return ["dp_shard"] if shard >= world else ["dp_replicate", "dp_shard"]
@@ -109,7 +132,7 @@ def _states(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
 def _flat_states(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
     """amsp: every degree a product of the fastest axes, and optimizer states the widest."""
     states = decision.states
-    axes = tuple(axis.size for axis in reversed(decision.mesh.axes) if axis.name != PIPELINE_AXIS)
+    axes = tuple(axis.size for axis in data_axes(decision))
     ends = level_ends(axes)
     named = {
         "parameters": states.parameters,
@@ -150,7 +173,7 @@ def _secondary(decision: Decision) -> Iterator[Diagnostic]:
 
 def _communication(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
     """Fewer bits only over axes that carry such a collective, and where the job permits it."""
-    axes = [axis for axis in reversed(decision.mesh.axes) if axis.name != PIPELINE_AXIS]
+    axes = data_axes(decision)
     ends = level_ends(tuple(axis.size for axis in axes))
     limits = {
         "int8_gathers": decision.states.parameters.degree,
@@ -173,7 +196,7 @@ def _communication(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
 def _engine(profile: ModelProfile, decision: Decision) -> Iterator[Diagnostic]:
     engine = decision.engine
     traits = ENGINES[engine.name]
-    layout = {"world": decision.mesh.world_size, "degree": decision.states.parameters.degree}
+    layout = {"world": processes(decision), "degree": decision.states.parameters.degree}
     if decision.pipeline.schedule != "none" and engine.name != PIPELINE_ENGINE:
         yield _wrong("engine.name", "only `amsp` runs pipeline stages", "write amsp")
         return
@@ -196,17 +219,19 @@ def _engine(profile: ModelProfile, decision: Decision) -> Iterator[Diagnostic]:
 
 
 def _batch(job: JobSpec, decision: Decision) -> Iterator[Diagnostic]:
-    batch, piped = job.train.global_batch_sequences, decision.pipeline.ranks > 1
-    copies = max(1, job.cluster.world_size // decision.pipeline.ranks)
+    parts = decision.context_parallel.degree
+    batch, piped = job.train.global_batch_sequences // parts, decision.pipeline.ranks > 1
+    copies = max(1, job.cluster.world_size // decision.pipeline.ranks // parts)
     made = decision.micro_batch * decision.accumulation * copies
     if made == batch:
         return
     count, rest = divmod(batch, decision.micro_batch * copies)
-    share = "the share of a copy of the model" if piped else "a device's share"
+    shared = piped or parallel_of(decision) != WHOLE
+    share = "the share of a copy of the model" if shared else "a device's share"
     way = f"write accumulation {count}" if not rest else f"take a micro-batch that divides {share}"
     message = (
-        f"{decision.micro_batch} sequences x {decision.accumulation} x {copies} {'copies' if piped else 'devices'} are "
-        f"{made}, but the global batch is {batch}"
+        f"{decision.micro_batch} sequences x {decision.accumulation} x {copies} {'copies' if shared else 'devices'} "
+        f"are {made}, but the global batch is {batch}"
     )
     yield _wrong("micro_batch" if rest else "accumulation", message, way)
 

@@ -9,7 +9,9 @@ from math import isnan
 
 from shardwright.planner.candidates import MEMORY_TIE, TIE, Candidate, Predicate, measure, timed
 from shardwright.planner.engines import ENGINES
+from shardwright.planner.layout_search import MOST_IN_VAIN
 from shardwright.planner.names import family, summary
+from shardwright.planner.parallel import WHOLE, Parallel
 from shardwright.planner.predict import Predictor
 from shardwright.planner.reasons import buys, shown
 from shardwright.planner.search import OWN_ENGINE_GAIN, Search
@@ -21,6 +23,9 @@ MOST_ALTERNATIVES = 16
 
 REASONED: dict[str, Callable[[Point], object]] = {
     "engine.name": lambda point: point.engine,
+    "tensor_parallel.degree": lambda point: (point.parallel.tp, point.parallel.sequence),
+    "context_parallel.degree": lambda point: (point.parallel.cp, point.parallel.method),
+    "expert_parallel.degree": lambda point: point.parallel.ep,
     "pipeline.ranks": lambda point: 1 if point.pipe is None else point.pipe.ranks,
     "pipeline.schedule": lambda point: None if point.pipe is None else (point.pipe.schedule, point.pipe.chunks),
     "pipeline.cuts": lambda point: None if point.pipe is None else point.pipe.cuts,
@@ -38,6 +43,14 @@ REASONED: dict[str, Callable[[Point], object]] = {
     "communication": lambda point: (point.int8_gathers, point.int4_reductions) if ENGINES[point.engine].flat else None,
 }
 """Every key of the decision that the planner chooses, and what of a point it says; None where that is no choice."""
+
+
+SHARED: dict[str, Callable[[Parallel], int]] = {
+    "tensor_parallel.degree": lambda parallel: parallel.tp,
+    "context_parallel.degree": lambda parallel: parallel.cp,
+    "expert_parallel.degree": lambda parallel: parallel.ep,
+}
+"""Of these keys, those that say how a copy of the model is shared."""
 
 
 class Explainer:
@@ -109,21 +122,39 @@ class Explainer:
             yield Reason(key=key, value=shown(decision, key), because=because)
 
     def _is_choice(self, key: str) -> bool:
-        """Without any possible pipeline, that there is none is no choice."""
-        return key != "pipeline.ranks" or self._chosen.point.pipe is not None or self._found.has_pipelines
+        """Without any possible pipeline, that there is none is no choice; the same holds of what could be shared."""
+        chosen = self._chosen.point
+        if key in SHARED:
+            possible = any(SHARED[key](each) > 1 for each in (chosen.parallel, *self._found.parallels))
+            return possible or (key == "tensor_parallel.degree" and self._refuses_tensors())
+        return key != "pipeline.ranks" or chosen.pipe is not None or self._found.has_pipelines(chosen.parallel)
+
+    def _refuses_tensors(self) -> bool:
+        """Whether the model cannot be divided, for a reason worth telling."""
+        return bool(self._predictor.profile.tensor_parallelism.refused) and self._chosen.point.devices > 1
 
     # --- what is compared -------------------------------------------------------------------------------------------
 
     def _families(self) -> Iterator[Candidate]:
-        """The best point of every method that has a name, or the one closest to fitting."""
-        for name in self._found.families:
-            other = self._best(partial(_is_of, name))
+        """The best point of every method that has a name, or the one closest to fitting, of those that share a copy of
+        the model as the chosen one does; and one that does not share it."""
+        own = self._chosen.point.parallel
+        for name in self._found.families(own):
+            other = self._best(partial(_is_of, name), own)
             if other is not None:
                 yield other
+        alone = self._found.runner_up(lambda parallel: parallel == WHOLE) if own != WHOLE else None
+        if alone is not None:
+            yield alone
 
-    def _best(self, where: Predicate) -> Candidate | None:
-        """One of the fastest that fit; where none does, the one that comes closest."""
-        return self._found.example(where) or self._found.closest(where)
+    def _best(self, where: Predicate, shared: Parallel) -> Candidate | None:
+        """One of the fastest that fit, of those that share the model one way; where none does, the one that comes
+        closest of the first ones."""
+
+        def of(parallel: Parallel) -> bool:
+            return parallel == shared
+
+        return self._found.example(where, of) or self._found.closest(where, of, MOST_IN_VAIN)
 
     def _kinds(self) -> Iterator[Candidate]:
         """The best of each kind that was predicted: feasible ones first, then those closest to fitting."""
@@ -147,9 +178,12 @@ class Explainer:
             yield self._measured(blocks)
 
     def _runner_up(self, key: str) -> Candidate | None:
-        """The best point that decides `key` otherwise, with pipeline stages if the chosen one has some and without if
-        not, unless `key` is their number; where none fits, the one that comes closest."""
+        """The best point that decides `key` otherwise and shares a copy of the model the same way, with pipeline stages
+        if the chosen one has some and without if not, unless `key` is their number; where none fits, the one that comes
+        closest."""
         chosen, value_of = self._chosen.point, REASONED[key]
+        if key in SHARED:
+            return self._shared_otherwise(key)
         if key == "checkpointing":
             return self._checkpointing_runner_up()
         if key == "pipeline.cuts":
@@ -159,7 +193,15 @@ class Explainer:
             alike = key in ("pipeline.ranks", "engine.name") or (point.pipe is None) == (chosen.pipe is None)
             return alike and value_of(point) not in (value_of(chosen), None)
 
-        return self._best(differs)
+        return self._best(differs, chosen.parallel)
+
+    def _shared_otherwise(self, key: str) -> Candidate | None:
+        """The best point that differs in one of the degrees, and in no other one if there is such a point."""
+        chosen = self._chosen.point.parallel
+        ways = [each for each in self._found.parallels if SHARED[key](each) != SHARED[key](chosen)]
+        alone = [each for each in ways if all(of(each) == of(chosen) for name, of in SHARED.items() if name != key)]
+        picked = frozenset(alone or ways)
+        return self._found.runner_up(lambda parallel: parallel in picked)
 
     def _checkpointing_runner_up(self) -> Candidate | None:
         """One block fewer where some are checkpointed, one more where none is."""
@@ -234,7 +276,7 @@ def misses(predictor: Predictor, candidate: Candidate) -> str:
 def _kind(point: Point) -> object:
     """Equal for points of which one is enough to show: of pipelines, one of each schedule."""
     if point.pipe is not None:
-        return point.pipe.schedule
+        return point.parallel, point.pipe.schedule
     kind = replace(point, micro_batch=0, accumulation=0, checkpointed=0, gradient_degree=0)
     return kind, point.gradients_wait
 

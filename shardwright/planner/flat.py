@@ -209,12 +209,14 @@ def step_sends(
     kept: bool,
     int8_gathers: Collection[int] = (),
     int4_reductions: Collection[int] = (),
+    norm: bool = True,
 ) -> Counter[Send]:
     """Every collective of parameters, gradients and the gradient norm in one optimizer step of one rank.
 
     `groups` are the buckets of each block, the root's last; `element` is the bytes of a gathered element; `kept` says
     whether parameters stay gathered from the first forward to the last backward ([Note: chains over levels]). Over
-    the axes of `int8_gathers` and `int4_reductions` fewer bits travel (planner/quantized.py).
+    the axes of `int8_gathers` and `int4_reductions` fewer bits travel (planner/quantized.py). `norm`: whether the
+    gradient norm is summed over the axes that the optimizer states are spread over.
     """
     sends: Counter[Send] = Counter()
 
@@ -235,6 +237,6 @@ def step_sends(
                 count(copy_sends(bucket, layout), 1)
                 # What the parameters rest as is exact.
                 count(gather_sends(bucket, layout, layout.optimizer_states, layout.parameters, element), 1)
-    for axis in range(layout.optimizer_states):
+    for axis in range(layout.optimizer_states if norm else 0):
         sends[Send("all_reduce", axis, MASTER_BYTES, "grad_norm")] += 1
     return sends

@@ -148,7 +148,7 @@ class FlatGradients:
     def handing_over(self, block: int) -> tuple[int, int]:
         """The most while those of the blocks behind `block` go on and its own begins."""
         gradients, buffers = self.handed_over(block - 1)
-        before = self.fresh(block) + self._going_on(self._blocks[self._places[block + 1] :])
+        before = (self.fresh(block) if self._hops else 0) + self._going_on(self._blocks[self._places[block + 1] :])
         return gradients, max(before, buffers + _largest([self._bytes[block]], self._packing))
 
     def _going_on(self, units: Sequence[int]) -> int:

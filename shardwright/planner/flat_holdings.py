@@ -17,12 +17,12 @@ Read from the runtime (hooks.py, states.py, buckets.py) and checked against PyTo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TypeAlias
 
 from shardwright.planner.activations import Moment, MomentName
-from shardwright.planner.flat import trained_elements
+from shardwright.planner.flat import Chain, trained_elements
 from shardwright.planner.flat_chains import FlatGathers, FlatGradients, FlatPublishing
 from shardwright.planner.groups import Groups
 from shardwright.planner.precisions import PRECISIONS
@@ -33,10 +33,23 @@ Held: TypeAlias = tuple[int, int, int]
 
 
 class FlatHoldings:
-    """[Note: what ShardedStates holds], in the micro-batch of this number ([Note: micro-batches])."""
+    """[Note: what ShardedStates holds], in the micro-batch of this number ([Note: micro-batches]).
 
-    def __init__(self, point: Point, groups: Groups, number: int) -> None:
+    `largest`: of each block the elements of its largest gradient. `ahead_of`: the layout that says how many units are
+    on their way at once, where it is that of others.
+    """
+
+    def __init__(
+        self,
+        point: Point,
+        groups: Groups,
+        number: int,
+        *,
+        largest: Sequence[int] | None = None,
+        ahead_of: Chain | None = None,
+    ) -> None:
         self._layout = layout = point.chain
+        self._ahead_of = ahead_of or layout
         self._sharded = layout.parameters > 0
         self._compute = PRECISIONS[point.precision].compute_bytes
         self._first, self._kept = number == 0, bool(point.kept)
@@ -54,13 +67,16 @@ class FlatHoldings:
             layout, trained, point.int4_reductions, number=number, last=number == point.accumulation - 1
         )
         self._publishing = FlatPublishing(layout, trained, self._compute)
-        self._outside, self._largest = groups.outside, groups.sizes(1).block_largest
+        self._outside = groups.outside
+        self._largest = groups.sizes(1).block_largest if largest is None else largest
         self._absent = frozenset(self._without())
 
     def at(self, moment: Moment) -> dict[str, int] | None:
         """As `Holdings.at`."""
-        if moment.name in self._absent:
-            return None
+        return None if moment.name in self._absent else self.beside(moment)
+
+    def beside(self, moment: Moment) -> dict[str, int]:
+        """The same where others have such a moment."""
         gathered, gradients, buffers = _RULES[moment.name](self, moment)
         return {"gathered_parameters": gathered, "gradients": gradients, "communication_buffers": buffers}
 
@@ -83,17 +99,16 @@ class FlatHoldings:
     def _ahead(self, block: int, packing: bool = False) -> int:
         """Blocks on their way while a block, or for -1 what comes before the first, runs forward; `packing`: the most
         that one of them takes to be sent on."""
-        level = 0 if self._stayed else self._layout.parameters
-        units = range(block + 1, min(block + 1 + level, self._count))
-        return self._under_way(
-            self._forward_gathers, {unit: level - place for place, unit in enumerate(units)}, packing
-        )
+        level, ahead = (0, 0) if self._stayed else (self._layout.parameters, self._ahead_of.parameters)
+        units = range(block + 1, min(block + 1 + ahead, self._count))
+        hops = {unit: min(level, ahead - place) for place, unit in enumerate(units)}
+        return self._under_way(self._forward_gathers, hops, packing)
 
     def _below(self, unit: int, nearest: int = 1, packing: bool = False) -> int:
         """The same while a unit runs backward, from the `nearest` block before it on."""
-        level = 0 if self._kept else self._layout.secondary
-        places = range(nearest, min(level, unit) + 1)
-        hops = {unit - place: min(self._count - unit, level - place) + 1 for place in places}
+        level, ahead = (0, 0) if self._kept else (self._layout.secondary, self._ahead_of.secondary)
+        places = range(nearest, min(ahead, unit) + 1)
+        hops = {unit - place: min(level, min(self._count - unit, ahead - place) + 1) for place in places}
         return self._under_way(self._backward_gathers, hops, packing)
 
     def _under_way(self, gathers: FlatGathers, hops: Mapping[int, int], packing: bool) -> int:
@@ -125,7 +140,7 @@ class FlatHoldings:
 
     def _forward(self, block: int, gathered: int) -> Held:
         """New values have arrived for the units that have been asked for by now."""
-        arrived = min(block + 1 + self._layout.parameters, self._count)
+        arrived = min(block + 1 + self._ahead_of.parameters, self._count)
         gradients, buffers = self._gradients.left(block + 1)
         return gathered, gradients, self._publishing.behind(arrived) if self._first else buffers
 
@@ -197,6 +212,8 @@ class FlatHoldings:
             self._gradients.handed_over(block + 1) if block + 1 < self._count else (self._gradients.before, 0)
         )
         behind = self._gradients.fresh(block + 1) if block + 1 < self._count else 0
+        if not self._sharded:
+            return 0, gradients + behind + self._after_head(), buffers
         own = self._backward_gathers.held(whole, self._layout.secondary) + self._backward_gathers.arrival(whole)
         arrives = own + self._below(block + 1, nearest=2) + self._second(block + 1)
         asks = whole + self._below(block) + self._below(block, packing=True) + self._second(block)

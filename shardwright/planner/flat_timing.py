@@ -8,10 +8,11 @@ from functools import lru_cache
 
 from shardwright.planner.compute import memory_rate
 from shardwright.planner.constants import device_constants
-from shardwright.planner.flat import Bucket, Chain, Send, copy_sends, gather_sends, reduce_sends
+from shardwright.planner.flat import Bucket, Chain, Send, copy_sends, gather_sends, reduce_sends, trained_elements
 from shardwright.planner.flat_lanes import Communication, FlatStep, FlatUnit, Hops
 from shardwright.planner.groups import Groups
 from shardwright.planner.network import CollectiveKind, Links, collective_seconds
+from shardwright.planner.parts import Part, parts_of
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
 from shardwright.planner.space import Point, axis_links
 from shardwright.schemas.cluster import ClusterSpec
@@ -85,26 +86,27 @@ class FlatTime:
 
     def _sent(self, point: Point) -> dict[int, Communication]:
         """What a group of each kind sends."""
-        groups = self._groups.flat(point.chain)
-        return {kind: self.communication(point, groups[kind]) for kind in self._counts}
+        parts = [(part, part.groups(self._groups).flat(part.point.chain)) for part in parts_of(point)]
+        return {
+            kind: joined([self.communication(part, units[kind], point.axes) for part, units in parts])
+            for kind in self._counts
+        }
 
-    def communication(self, point: Point, unit: tuple[Bucket, ...]) -> Communication:
-        """What any unit sends under a point's layout."""
+    def communication(self, part: Part, unit: tuple[Bucket, ...], axes: tuple[int, ...]) -> Communication:
+        """What any unit sends under the layout of a part of the parameters, on a mesh of these axes."""
+        point = part.point
         element = PRECISIONS[point.precision].compute_bytes
-        return self._sends(unit, point.chain, element, point.int8_gathers, point.int4_reductions)
+        links = self._links(axes)[part.first_axis :]
+        return self._sends(unit, point.chain, element, point.int8_gathers, point.int4_reductions, links)
 
     def own(self, point: Point) -> int:
         """Elements that the optimizer of one device works on, padding included."""
-        groups = self._groups.flat(point.chain)
-        return (
-            sum(
-                count * bucket.padded
-                for kind, count in self._counts.items()
-                for bucket in groups[kind]
-                if bucket.trainable
-            )
-            // point.optimizer_degree
-        )
+        return sum(self._own(part) for part in parts_of(point))
+
+    def _own(self, part: Part) -> int:
+        units = part.groups(self._groups).flat(part.point.chain)
+        trained = (count * trained_elements(units[kind]) for kind, count in self._counts.items())
+        return sum(trained) // part.point.optimizer_degree
 
     def norm(self, point: Point) -> float:
         """Adding the squared norms up: one number over each axis that optimizer states are spread over."""
@@ -118,8 +120,8 @@ class FlatTime:
         element: int,
         int8_gathers: tuple[int, ...],
         int4_reductions: tuple[int, ...],
+        links: tuple[Links, ...],
     ) -> Communication:
-        links = self._links(layout.sizes)
 
         def chain(bucket: Bucket, sends: Iterable[Send], packed: Collection[int] = (), packing: int = 0) -> Hops:
             """`packing`: bytes of memory traffic an element over the axes on which fewer bits travel."""
@@ -161,6 +163,24 @@ class FlatTime:
             add_whole=0.0 if layout.gradients else MASTER_BYTES * numel / self._rate,
             add=3 * MASTER_BYTES * padded / layout.degree(layout.gradients) / self._rate if layout.gradients else 0.0,
         )
+
+
+def joined(parts: Sequence[Communication]) -> Communication:
+    """What a unit sends whose buckets lie on several chains. Each chain adds the same share of `add`."""
+    if len(parts) == 1:
+        return parts[0]
+    adding = sum(bool(hops) for part in parts for hops in part.reductions)
+    return Communication(
+        gathers=tuple(hops for part in parts for hops in part.gathers),
+        again=tuple(hops for part in parts for hops in part.again),
+        reductions=tuple(hops for part in parts for hops in part.reductions),
+        last_reductions=tuple(hops for part in parts for hops in part.last_reductions),
+        publications=tuple(hops for part in parts for hops in part.publications),
+        keep=sum(part.keep for part in parts),
+        hand_over=sum(part.hand_over for part in parts),
+        add_whole=sum(part.add_whole for part in parts),
+        add=sum(part.add for part in parts) / max(1, adding),
+    )
 
 
 def _longest(chains: Sequence[Hops]) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from shardwright.planner.flat import PLAIN, Bucket, Chain, buckets
 from shardwright.planner.sharding import own_shard, padded_numel
 from shardwright.schemas.job import OptimizerSpec
 from shardwright.schemas.profile import ModelProfile, Parameter
+
+PartName = Literal["all", "dense", "experts"]
+"""Parameters of a model: all, those that are no experts, those that are ([Note: states of experts] in parts.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,16 @@ class Groups:
     def __init__(self, profile: ModelProfile) -> None:
         self.profile = profile
         self.blocks, self.root = parameter_groups(profile.parameters, profile.block_paths)
+        self._parts: dict[PartName, Groups] = {"all": self}
         self._sizes: dict[int, Sizes] = {}
         self._flat: dict[tuple[int, OptimizerSpec], tuple[tuple[Bucket, ...], ...]] = {}
+
+    def part(self, name: PartName) -> Groups:
+        """As many groups, with only some of the parameters."""
+        if name not in self._parts:
+            own = tuple(each for each in self.profile.parameters if (each.experts > 0) == (name == "experts"))
+            self._parts[name] = Groups(replace(self.profile, parameters=own))
+        return self._parts[name]
 
     def sizes(self, degree: int) -> Sizes:
         """Elements of every group when each parameter is spread over `degree` devices."""
@@ -83,7 +94,10 @@ class Groups:
     def kinds(self) -> tuple[int, ...]:
         """For every group, the blocks' in order and the root's last, the first group that is made like it."""
         first: dict[object, int] = {}
-        made = [tuple((each.shape, each.trainable) for each in group) for group in (*self.blocks, self.root)]
+        made = [
+            tuple((each.shape, each.trainable, each.experts > 0) for each in group)
+            for group in (*self.blocks, self.root)
+        ]
         return tuple(first.setdefault(shapes, index) for index, shapes in enumerate(made))
 
     @cached_property
@@ -102,6 +116,11 @@ class Groups:
     def root_by_use(self) -> tuple[list[Parameter], list[Parameter]]:
         """The root group's parameters that the embedding uses, and those that the head does; a tied one is in both."""
         return self._split(self.root)
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return self.profile.numel
 
     @cached_property
     def largest(self) -> int:

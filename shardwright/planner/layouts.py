@@ -54,10 +54,24 @@ def level_ends(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate(sizes, mul, initial=1))
 
 
-def layouts(job: JobSpec, engine: EngineTraits, accumulation: int) -> Iterator[Layout]:
-    """Every layout of an engine that the job permits, in a fixed order ([Note: which layouts there are])."""
-    make = _flat if engine.flat else _dimension_0 if engine.shards else _replicated
-    return make(job, accumulation)
+def layouts(job: JobSpec, engine: EngineTraits, accumulation: int, experts: int = 1) -> Iterator[Layout]:
+    """Every layout of an engine that the job permits, in a fixed order ([Note: which layouts there are]); so many
+    processes share the experts."""
+    if engine.flat:
+        yield from _flat(job, accumulation, experts)
+        return
+    for layout in (_dimension_0 if engine.shards else _replicated)(job, accumulation):
+        if runs_experts(layout, experts):
+            yield layout
+
+
+def runs_experts(layout: Layout, experts: int) -> bool:
+    """Whether so many processes may share the experts. The states of experts are sharded over the processes that have
+    the same ones, so that every degree has to be a multiple or a part of `experts`; they have no second copy, and
+    travel in whole numbers."""
+    degrees = (layout.parameters, layout.gradients, layout.optimizer_states)
+    nested = all(_nested(*sorted((degree, experts))) for degree in degrees)
+    return experts == 1 or (nested and layout.secondary is None and not layout.quantized)
 
 
 def _replicated(job: JobSpec, accumulation: int) -> Iterator[Layout]:
@@ -79,7 +93,7 @@ def _dimension_0(job: JobSpec, accumulation: int) -> Iterator[Layout]:
                     yield layout
 
 
-def _flat(job: JobSpec, accumulation: int) -> Iterator[Layout]:
+def _flat(job: JobSpec, accumulation: int, experts: int) -> Iterator[Layout]:
     degrees = shard_degrees(job.cluster)
     for optimizer_states, parameters in product(degrees, degrees):
         if not _nested(parameters, optimizer_states):
@@ -95,8 +109,8 @@ def _flat(job: JobSpec, accumulation: int) -> Iterator[Layout]:
                     kept=kept,
                     secondary=secondary,
                 )
-                if _permits_states(job, layout, accumulation):
-                    yield from _over_axes(job, layout)
+                if _permits_states(job, layout, accumulation) and runs_experts(layout, experts):
+                    yield from (each for each in _over_axes(job, layout, experts) if runs_experts(each, experts))
 
 
 def _copies(job: JobSpec, degree: int, degrees: tuple[int, ...]) -> Iterator[tuple[bool, int | None]]:
@@ -125,12 +139,12 @@ def _permits_degree(cluster: ClusterSpec, choice: Literal["auto"] | tuple[Degree
     return choice == "auto" or degree in {level_degree(cluster, value) for value in choice}
 
 
-def _over_axes(job: JobSpec, layout: Layout) -> Iterator[Layout]:
-    """The layout on the fewest axes, and where that is another mesh, cut at every level of the cluster; each with every
-    permitted use of fewer bits."""
+def _over_axes(job: JobSpec, layout: Layout, experts: int) -> Iterator[Layout]:
+    """The layout on the fewest axes, some of the fastest being those of the processes that share experts, and where
+    that is another mesh, cut at every level of the cluster; each with every permitted use of fewer bits."""
     world = job.cluster.world_size
     states = (layout.parameters, layout.gradients, layout.optimizer_states, layout.secondary or 1)
-    needed = sorted({1, *states, world})
+    needed = sorted({1, *states, experts, world})
     hierarchical = sorted({*needed, *level_ends(tuple(level.size for level in job.cluster.levels))})
     for ends in (needed, hierarchical) if hierarchical != needed else (needed,):
         if any(wide % narrow for narrow, wide in pairwise(ends)):

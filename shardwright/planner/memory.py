@@ -8,13 +8,17 @@ from functools import lru_cache
 from operator import add
 
 from shardwright.planner.activations import ActivationBytes, Moment
-from shardwright.planner.at_rest import at_rest_bytes
-from shardwright.planner.constants import device_constants
-from shardwright.planner.groups import Groups
+from shardwright.planner.at_rest import at_rest_of
+from shardwright.planner.constants import device_budget, device_constants
+from shardwright.planner.engines import ENGINES
+from shardwright.planner.exchanges import ALONE, Around
+from shardwright.planner.groups import Groups, PartName
 from shardwright.planner.holdings import Holdings, holdings, last_holdings
 from shardwright.planner.model_states import StateBytes, state_bytes
+from shardwright.planner.optimizers import OPTIMIZERS
+from shardwright.planner.parts import parts_of
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
-from shardwright.planner.space import Point, decide
+from shardwright.planner.space import Point
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import Memory, MemoryPhase, StageMemory
 from shardwright.schemas.profile import ComputeDtypeName, ModelProfile
@@ -51,8 +55,8 @@ class Phase:
 class Reservation:
     """What a job's processes take of their devices and hosts for what they allocate."""
 
-    def __init__(self, job: JobSpec, profile: ModelProfile) -> None:
-        self._job, self._profile = job, profile
+    def __init__(self, job: JobSpec, profile: ModelProfile, around: Around = ALONE) -> None:
+        self._job, self._profile, self._around = job, profile, around
         self._constants = device_constants(job.cluster.device)
 
     def reserved(self, allocated: int) -> int:
@@ -61,13 +65,14 @@ class Reservation:
 
     def host_bytes(self, point: Point, allocated: int) -> int:
         """Host memory of one node: every process, with the whole model where each builds it; CPU devices themselves."""
-        cluster = self._job.cluster
+        cluster, around = self._job.cluster, self._around
         process = int(self._constants.host_bytes.value)
         if cluster.device.kind == "cpu":
             process += self.reserved(allocated)
         elif self._profile.init == "constructor":
-            process += MASTER_BYTES * self._profile.numel + self._profile.buffer_bytes
-        return process * min(cluster.devices_per_node, point.world)
+            whole = around.whole or self._profile
+            process += MASTER_BYTES * whole.numel + whole.buffer_bytes
+        return process * min(around.per_node or cluster.devices_per_node, point.devices)
 
     def stage(self, stage: int, phases: Sequence[Phase]) -> StageMemory:
         """The phases of one stage as a plan has them."""
@@ -84,20 +89,25 @@ class Reservation:
 class MemoryModel(Reservation):
     """Memory of every point of one job."""
 
-    def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups) -> None:
-        super().__init__(job, profile)
+    def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups, around: Around = ALONE) -> None:
+        super().__init__(job, profile, around)
         self._groups = groups
+        whole = None if around.whole is None else Groups(around.whole)
         self._activations: Callable[[ComputeDtypeName, int], ActivationBytes] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch: ActivationBytes.of(profile, dtype, micro_batch)
         )
         self._holdings: Callable[[Point], tuple[Holdings, ...]] = lru_cache(maxsize=10_000)(
             lambda point: holdings(point, groups)
         )
-        self._numel = profile.numel
+        self._budget = device_budget(job.cluster, job.budget.device_memory)
+        self._trained_of: Callable[[PartName], int] = lru_cache(maxsize=None)(
+            lambda name: sum(each.numel for each in groups.part(name).profile.parameters if each.trainable)
+        )
         self._trainable = sum(each.numel for each in profile.parameters if each.trainable)
         self._states: Callable[[Point], StateBytes] = lru_cache(maxsize=100_000)(
-            lambda point: state_bytes(point, groups, job)
+            lambda point: state_bytes(point, groups, job, whole)
         )
+        self._floors: Callable[[Point], int] = lru_cache(maxsize=100_000)(self._floor)
         self._held_at_head: Callable[[Point, ComputeDtypeName], list[int]] = lru_cache(maxsize=100_000)(
             self._engine_at_head
         )
@@ -143,12 +153,11 @@ class MemoryModel(Reservation):
     def prediction(self, point: Point) -> Memory:
         """The memory section of a plan."""
         stage = self.stage(0, self.phases(point))
-        decision = decide(point, self._job.cluster, len(self._groups.blocks))
         return Memory(
             peak_allocated_bytes=stage.peak_allocated_bytes,
             peak_reserved_bytes=stage.peak_reserved_bytes,
             stages=(stage,),
-            at_rest=at_rest_bytes(decision, self._groups, self._job.train, rank=0),
+            at_rest=at_rest_of(point, self._groups, self._job.train, rank=0),
             host_bytes=self.host_bytes(point, stage.peak_allocated_bytes),
         )
 
@@ -156,10 +165,20 @@ class MemoryModel(Reservation):
         """Bytes that `peak` is never below, at little cost: the states at rest, and with them either the gradients when
         the optimizer steps, or those that accumulate beside what is gathered at once. Checkpointing makes no difference
         to it."""
+        alike = replace(point, micro_batch=0, checkpointed=0, accumulation=min(point.accumulation, 2))
+        return self._floors(alike) + self._inputs(point)
+
+    def _floor(self, point: Point) -> int:
+        least = self._least_states(point) if ENGINES[point.engine].flat else 0
+        if self.reserved(least) > self._budget:
+            return least
         states, element = self._states(_states_of(point)), PRECISIONS[point.precision].compute_bytes
         accumulated = MASTER_BYTES * self._trainable // point.gradient_degree if point.accumulation > 1 else 0
-        gathered = max(states.gathered, element * self._numel if point.kept and point.shard > 1 else 0)
-        return sum(self._fixed(point).values()) + max(states.step, gathered + accumulated)
+        sharded = [part.groups(self._groups).numel for part in parts_of(point) if part.point.shard > 1]
+        kept = element * sum(sharded) if point.kept else 0
+        gathered = max(states.gathered, kept)
+        at_rest = states.parameters + states.optimizer_states + self._profile.buffer_bytes
+        return at_rest + max(states.step, gathered + accumulated)
 
     def fewest_blocks(self, point: Point, budget: int) -> int | None:
         """Blocks that have to be checkpointed for the peak not to exceed `budget` reserved bytes: with fewer, what is
@@ -184,9 +203,23 @@ class MemoryModel(Reservation):
         return {
             "parameters": states.parameters,
             "optimizer_states": states.optimizer_states,
-            "inputs": self._profile.input_bytes.at(point.micro_batch) * point.accumulation,
+            "inputs": self._inputs(point),
             "buffers": self._profile.buffer_bytes,
         }
+
+    def _least_states(self, point: Point) -> int:
+        """Of a flat engine, parameters and optimizer states without padding: what rules most layouts out at once."""
+        compute = PRECISIONS[point.precision].compute_bytes
+        masters = MASTER_BYTES if compute < MASTER_BYTES else 0
+        state = OPTIMIZERS[self._job.train.optimizer.name].state_bytes(self._job.train, elements=1, tensors=0)
+        found = 0.0
+        for part in parts_of(point):
+            trained = self._trained_of(part.name)
+            found += trained * (compute / part.point.shard + (masters + state) / part.point.optimizer_degree)
+        return int(found)
+
+    def _inputs(self, point: Point) -> int:
+        return self._profile.input_bytes.at(point.micro_batch) * point.accumulation
 
 
 def _states_of(point: Point) -> Point:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.flat import chain
+from shardwright.planner.parallel import WHOLE, Parallel
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.space import Pipe, Point
+from shardwright.schemas.expected import join
 
 
 def plan_name(point: Point, blocks: int) -> str:
     """The field's name of a point, for example `FSDP2 x 8 (ZeRO-3), bf16, 12 of 32 blocks checkpointed` or
-    `PP 4 (zb-h1) x AMSP 1/1/16 of 16 (ZeRO-1), bf16`."""
+    `TP 8 x PP 4 (zb-h1) x AMSP 1/1/16 of 16 (ZeRO-1), bf16`."""
     parts = [_layout(point), PRECISIONS[point.precision].short]
     if point.recomputed:
         parts.append(f"{point.recomputed} of {blocks} blocks checkpointed")
@@ -30,11 +32,22 @@ def family(point: Point) -> str:
     ZeRO-1 to -3: Rajbhandari et al. 2020, arXiv 1910.02054. ZeRO-1.5: ZeRO-1 inside groups, `zero1.size` of InternEvo.
     MiCS: Zhang et al. 2022, arXiv 2205.00119; with PyTorch's name HSDP. hpZ: ZeRO++, arXiv 2306.10209. Frontier: three
     degrees on three levels, arXiv 2501.04266. Everything else is only AMSP's, arXiv 2311.00257. With one micro-batch a
-    step no gradient accumulates, and ZeRO-1 is ZeRO-2. All pipelines are one method, whatever their schedule.
+    step no gradient accumulates, and ZeRO-1 is ZeRO-2. All pipelines are one method, whatever their schedule, and so
+    are all points that share a copy of the model in the same ways, whatever else they do.
     """
+    if point.parallel != WHOLE:
+        return shared_by(point.parallel)
     if point.pipe is not None:
         return "pipeline"
     return "one device" if point.world == 1 else _sharding(point)
+
+
+def shared_by(parallel: Parallel) -> str:
+    """`tensor parallel`, `tensor and context parallel`: how processes share one copy of the model; empty where they do
+    not."""
+    degrees = {"tensor": parallel.tp, "context": parallel.cp, "expert": parallel.ep}
+    names = [name for name, degree in degrees.items() if degree > 1]
+    return f"{join(names, 'and')} parallel" if names else ""
 
 
 def _sharding(point: Point) -> str:
@@ -57,6 +70,17 @@ def _sharding(point: Point) -> str:
 
 
 def _layout(point: Point) -> str:
+    """`TP 8 x CP 2 (ring) x EP 4 x FSDP2 x 64 (ZeRO-3)`: what is shared, then the states among the data processes."""
+    parallel = point.parallel
+    names = [f"TP {parallel.tp}"] if parallel.tp > 1 else []
+    names += [f"CP {parallel.cp} ({parallel.method})"] if parallel.cp > 1 else []
+    names += [f"EP {parallel.ep}"] if parallel.ep > 1 else []
+    if point.world > 1 or not names:
+        names.append(_data(point))
+    return " x ".join(names)
+
+
+def _data(point: Point) -> str:
     kept = " (parameters kept)" if point.kept else ""
     again = f" (hpZ {point.secondary})" if point.secondary is not None else ""
     if point.pipe is not None:

@@ -6,21 +6,23 @@ from itertools import chain
 
 from shardwright.planner.assumptions import assumptions
 from shardwright.planner.candidates import Candidate, measure, timed
+from shardwright.planner.divided import divided
 from shardwright.planner.edited import checked_point
 from shardwright.planner.explain import Explainer
 from shardwright.planner.infeasible import infeasible
+from shardwright.planner.model_facts import model_facts
 from shardwright.planner.names import plan_name
+from shardwright.planner.parallels import parallels
 from shardwright.planner.pipelines.refused import no_pipeline
 from shardwright.planner.pipelines.space import pipelines
-from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
 from shardwright.planner.recipe import check_recipe
 from shardwright.planner.relax import pins, without
 from shardwright.planner.search import Search
-from shardwright.planner.space import Point, block_count, configurations, decide, unshardable
+from shardwright.planner.space import block_count, configurations, decide, unshardable
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
-from shardwright.schemas.plan import Infeasible, ModelFacts, Plan
+from shardwright.schemas.plan import Infeasible, Plan
 from shardwright.schemas.plan import Search as SearchReport
 from shardwright.schemas.profile import ModelProfile
 
@@ -73,7 +75,7 @@ def _assemble(
         defaults=defaults,
         job_file=job_file,
         profile_digest=profile.digest,
-        model=_facts(profile, point),
+        model=model_facts(profile, point),
         decision=decide(point, job.cluster, block_count(profile)),
         prediction=predictor.prediction(point),
         search=SearchReport(
@@ -83,19 +85,7 @@ def _assemble(
             alternatives=alternatives,
         ),
         reasons=reasons,
-        assumptions=assumptions(point, job.cluster, profile),
-    )
-
-
-def _facts(profile: ModelProfile, point: Point) -> ModelFacts:
-    return ModelFacts(
-        name=profile.name,
-        parameters=profile.numel,
-        block_paths=profile.block_paths,
-        init=profile.init,
-        attention=profile.attention[PRECISIONS[point.precision].compute],
-        local_sources=profile.local_sources,
-        packages=profile.packages,
+        assumptions=assumptions(point, job, profile),
     )
 
 
@@ -114,7 +104,11 @@ def _nothing_left(job: JobSpec, profile: ModelProfile) -> list[Diagnostic]:
     """Which restriction excludes every point: those that alone do, else all together."""
 
     def permits_something(relaxed: JobSpec) -> bool:
-        return next(chain(configurations(relaxed, profile), pipelines(relaxed, profile)), None) is not None
+        return any(
+            next(chain(configurations(*own, parallel), pipelines(*own, parallel)), None) is not None
+            for parallel in parallels(relaxed, profile)
+            for own in [divided(relaxed, profile, parallel)]
+        )
 
     pinned = pins(job)
     refused = unshardable(profile, "fsdp2")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shardwright.planner import sharing_reasons
 from shardwright.planner.candidates import Candidate
 from shardwright.planner.engines import ENGINES
 from shardwright.planner.precisions import PRECISIONS
 from shardwright.planner.predict import Predictor
 from shardwright.planner.schedules.table import SCHEDULES
 from shardwright.planner.search import OWN_ENGINE_GAIN
-from shardwright.planner.space import Point, block_count, decide
+from shardwright.planner.space import TENSOR_AXIS, Point, block_count, decide
 from shardwright.schemas.plan import Decision
 from shardwright.schemas.units import human_bytes, human_seconds
 
 
 def buys(key: str, predictor: Predictor, chosen: Candidate) -> str:
     """One sentence, without its full stop, on what the chosen point's value of `key` is good for."""
-    return _BUYS[key](predictor, chosen)
+    own = predictor if key in _OF_THE_WHOLE else predictor.of(chosen.point.parallel)
+    return _BUYS[key](own, chosen)
 
 
 def shown(decision: Decision, key: str) -> str:
@@ -31,7 +33,8 @@ def shown(decision: Decision, key: str) -> str:
 def _engine(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
     if point.engine == "single":
-        return "One device needs no communication"
+        alone = "One device needs no communication"
+        return alone if point.devices == 1 else "One process of each part of the layers needs none to shard states over"
     if point.engine == "ddp":
         return "Replicated states need no gathers, only one all-reduce of the gradients a step"
     if point.pipe is not None:
@@ -103,11 +106,14 @@ def _late_step(predictor: Predictor, chosen: Candidate) -> str:
 
 def _mesh(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
-    if point.world == 1:
+    if point.devices == 1:
         return "There is one device"
+    if point.world == 1:
+        return f"All {point.devices} devices share every layer"
     if point.axes or point.pipe is not None:
         levels = decide(point, predictor.job.cluster, 0).mesh.axes
-        spans = [f"{axis.name} {axis.size} over {' and '.join(axis.levels)}" for axis in reversed(levels)]
+        data = [axis for axis in levels if axis.name != TENSOR_AXIS]
+        spans = [f"{axis.name} {axis.size} over {' and '.join(axis.levels)}" for axis in reversed(data)]
         stages = "One axis for the stages, then one" if point.pipe is not None else "One axis"
         return f"{stages} from each shard degree to the next: {', '.join(spans)}"
     if point.shard == 1:
@@ -174,7 +180,7 @@ def _micro_batch(predictor: Predictor, chosen: Candidate) -> str:
 
 def _accumulation(predictor: Predictor, chosen: Candidate) -> str:
     point = chosen.point
-    at_once = point.micro_batch * point.copies
+    at_once = point.micro_batch * point.copies // point.parallel.cp
     if point.pipe is not None:
         return f"{point.accumulation} micro-batches of {at_once} sequences fill the pipeline"
     if point.accumulation == 1:
@@ -200,7 +206,13 @@ def _gradients(predictor: Predictor, chosen: Candidate) -> str:
     return f"Reduced after every micro-batch, so that each device keeps one of {chosen.point.gradient_degree} shards"
 
 
+_OF_THE_WHOLE = ("mesh", "tensor_parallel.degree", "context_parallel.degree", "expert_parallel.degree")
+"""Keys of what is decided of all devices together, not of one process."""
+
 _BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
+    "tensor_parallel.degree": sharing_reasons.tensor,
+    "context_parallel.degree": sharing_reasons.context,
+    "expert_parallel.degree": sharing_reasons.experts,
     "engine.name": _engine,
     "pipeline.ranks": _ranks,
     "pipeline.schedule": _schedule,
@@ -220,6 +232,9 @@ _BUYS: dict[str, Callable[[Predictor, Candidate], str]] = {
 }
 
 _VALUES: dict[str, Callable[..., str]] = {
+    "tensor_parallel.degree": lambda degree: str(degree) if degree > 1 else "none",
+    "context_parallel.degree": lambda degree: str(degree) if degree > 1 else "none",
+    "expert_parallel.degree": lambda degree: str(degree) if degree > 1 else "none",
     "pipeline.ranks": lambda ranks: str(ranks) if ranks > 1 else "no pipeline",
     "pipeline.cuts": lambda cuts: f"after blocks {', '.join(map(str, cuts))}",
     "pipeline.late_step": lambda late: str(late).lower(),

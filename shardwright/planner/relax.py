@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from shardwright.schemas.job import JobSpec, StatesSpec, StrategySpec
 
 AUTO = "auto"
+_NO_CHOICES = ("states", "tensor_parallel", "expert_imbalance")
+"""Of the strategy, what is no decision by itself."""
 
 
 def pins(job: JobSpec) -> list[str]:
     """Keys of the strategy that are not left to the planner."""
     strategy = job.strategy
-    own = [f"strategy.{name}" for name in StrategySpec.model_fields if name != "states"]
+    own = [f"strategy.{name}" for name in StrategySpec.model_fields if name not in _NO_CHOICES]
     states = [f"strategy.states.{name}" for name in StatesSpec.model_fields]
     return [key for key in (*states, *own) if _at(strategy, key) != AUTO]
 

@@ -1,20 +1,13 @@
 """Search of the whole space: the fastest point that fits.
 
-[Note: checkpointing in the search]
-Time grows with the number of checkpointed blocks and nothing else does with it, so for every configuration of the rest
-only the least number that fits is of interest. Memory falls with it except in the backward of a checkpointed block,
-which needs the recomputed activations beside what is saved before it: once that phase alone is over the budget, no
-larger number can fit. One block saves at most what the largest of them keeps for backward, which gives the number to
-start from. Memory grows with the micro-batch as long as micro-batches accumulate, so a size at which nothing fits ends
-the larger ones, but for the one that needs no accumulation.
+[Note: parallels in the search]
+How processes share one copy of the model (`Parallel`) is decided in an outer loop: each way has a search of its own, of
+the job and the profile as one such process sees them. No point of a way takes less than all the compute of a step
+shared equally by all devices, with the exchanges that go with it (`least_seconds`). In the order of that bound the
+searches are asked, each for what is not slower than the fastest so far, until the bound is past that.
 
-[Note: bounds]
-What is at rest alone rules many configurations out (`MemoryModel.at_rest_floor`). The others need at least so many
-checkpointed blocks (`fewest_blocks`) and with these at least so many seconds (`TimeModel.least`); all three are cheap.
-In the order of that bound they are predicted in full, until it is past the fastest that fits. Of those that may tie
-with it, only the ones are predicted whose bounds of memory and simplicity are not behind the best so far. Whatever is
-asked of the space (the fastest of all, of one engine, of those that differ in one decision) is answered exactly that
-way, and what was predicted for one question is there for the next.
+Many ways are within that bound where communication or bubbles weigh much. Where PATIENCE of them in a row bring nothing
+faster, the rest is not asked.
 
 [Note: stock engines first]
 PyTorch's own engines have been run on many GPUs, ours has not. So `amsp` is taken where nothing else fits, or where the
@@ -23,85 +16,65 @@ prediction says that it is faster by OWN_ENGINE_GAIN at least.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from math import inf
-from typing import Any, NamedTuple
 
-from shardwright.planner.candidates import (
-    TIE,
-    Candidate,
-    Predicate,
-    best_first,
-    measure,
-    memory_rank,
-    missing,
-    shortfall,
-    simplicity,
-    timed,
-)
+from shardwright.planner.candidates import TIE, Candidate, Predicate, best_first
+from shardwright.planner.compute import model_work
 from shardwright.planner.engines import ENGINES
-from shardwright.planner.names import family
-from shardwright.planner.pipelines.search import PipelineSearch
-from shardwright.planner.precisions import PRECISIONS
-from shardwright.planner.predict import Predictor
-from shardwright.planner.space import Point, block_count, configurations, permitted_blocks
+from shardwright.planner.exchanges import Wiring
+from shardwright.planner.layout_search import MOST_IN_VAIN, LayoutSearch, distance
+from shardwright.planner.parallel import Parallel
+from shardwright.planner.parallels import parallels
+from shardwright.planner.precisions import PRECISIONS, permitted_precisions
+from shardwright.planner.predict import Predictor, around_of
+from shardwright.planner.space import micro_batches, profiled
 
 OWN_ENGINE_GAIN = 0.05
 """By how much faster `amsp` has to be than the best stock engine ([Note: stock engines first])."""
+MOST_FURTHER = 64
+"""Points in a row that are no closer to fitting, of one way to share the model, before the closest is taken."""
+PATIENCE = 6
+"""Ways to share the model that are asked in vain before the rest is left ([Note: parallels in the search])."""
+Which = Callable[[Parallel], bool]
 
 
-class _Bounds(NamedTuple):
-    """What a configuration takes at least."""
-
-    seconds: float
-    reserved: int
-    blocks: int
-    """Checkpointed."""
-    point: Point
+def anyhow(_: Parallel) -> bool:
+    """Every way to share a copy of the model."""
+    return True
 
 
 class Search:
-    """The space of one job, every question about it answered exactly ([Note: bounds])."""
+    """The space of one job ([Note: parallels in the search]): of every way to share the model that is asked, the
+    answer is exact. Raises InputError where the job asks for a way that is impossible."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
-        memory, budget = predictor.memory, predictor.device_budget
-        permitted = permitted_blocks(predictor.job, block_count(predictor.profile))
-        self._by_memory: list[tuple[tuple[int, tuple[int, ...]], Point]] = []
-        bounds: list[_Bounds] = []
-        for point in configurations(predictor.job, predictor.profile):
-            floor = memory.at_rest_floor(point)
-            reserved = memory.reserved(floor)
-            short = missing(predictor, reserved, memory.host_bytes(point, floor))
-            self._by_memory.append(((short, simplicity(point)), point))
-            fewest = None if short else memory.fewest_blocks(point, budget)
-            blocks = None if fewest is None else next((each for each in permitted if each >= fewest), None)
-            if blocks is not None:
-                seconds = predictor.time.least(replace(point, checkpointed=blocks))
-                bounds.append(_Bounds(seconds, reserved, blocks, point))
-        self._by_memory.sort(key=_first)
-        self._by_time = sorted(bounds, key=_first)
-        self._results: dict[Point, Candidate | None] = {}
-        self._full: dict[Point, int] = {}
-        self._pipelines = PipelineSearch(predictor)
+        self._parallels = parallels(predictor.job, predictor.profile)
+        self._searches: dict[Parallel, LayoutSearch] = {}
+        if len(self._parallels) == 1:
+            self._of(self._parallels[0])
 
     @property
     def considered(self) -> int:
-        """Configurations, each with its best checkpointing, and pipelines, each with its best cut too."""
-        return len(self._by_memory) + self._pipelines.considered
+        """Configurations, each with its best checkpointing, and pipelines, each with its best cut too, of every way to
+        share the model that was not ruled out as a whole; and those that were, each as one."""
+        looked_at = sum(each.considered for each in self._searches.values())
+        return looked_at + len(self._parallels) - len(self._searches)
 
-    @cached_property
-    def families(self) -> list[str]:
-        """The methods that have points here, those that need least memory first."""
-        plain = (point for _, point in self._by_memory)
-        return list(dict.fromkeys(map(family, (*plain, *self._pipelines.points))))
+    def families(self, parallel: Parallel) -> list[str]:
+        """The methods that have points which share the model this way, those that need least memory first."""
+        return self._of(parallel).families
 
     @property
-    def has_pipelines(self) -> bool:
-        """Whether the space has points with pipeline stages."""
-        return self._pipelines.considered > 0
+    def parallels(self) -> tuple[Parallel, ...]:
+        """Ways to share a copy of the model."""
+        return self._parallels
+
+    def has_pipelines(self, parallel: Parallel) -> bool:
+        """Whether any of the points that share the model this way has pipeline stages."""
+        return self._of(parallel).has_pipelines
 
     @property
     def measured(self) -> int:
@@ -124,135 +97,92 @@ class Search:
         enough = inf if stock is None else stock.seconds / (1 + OWN_ENGINE_GAIN)
         return self.best(lambda point: ENGINES[point.engine].flat, at_most=enough) or stock
 
-    def best(self, where: Predicate, at_most: float = inf) -> Candidate | None:
-        """The fastest configuration that fits, of those that `where` picks and that take `at_most` so many seconds;
-        ties as `best_first` has them."""
-        plain = self._best_plain(where, at_most)
-        pipeline = self._pipelines.best(where, at_most if plain is None else min(at_most, plain.seconds * (1 + TIE)))
-        found = [each for each in (plain, pipeline) if each is not None]
-        return best_first(found, self._predictor.device_budget)[0] if found else None
+    def best(self, where: Predicate, at_most: float = inf, of: Which = anyhow) -> Candidate | None:
+        """The fastest configuration that fits, of those that `where` and `of` pick and that take `at_most` so many
+        seconds; ties as `best_first` has them."""
+        return self._first_of(of, at_most, lambda search, limit: search.best(where, limit))
 
-    def _best_plain(self, where: Predicate, at_most: float) -> Candidate | None:
-        """Without pipeline stages."""
-        picked = [each for each in self._by_time if where(each.point) and each.seconds <= at_most]
-        found = [each for each in self._ascending(picked, slack=0.0) if each.seconds <= at_most]
-        if not found:
-            return None
-        fastest = min(each.seconds for each in found)
-        return self._simplest(found, [each for each in picked if each.seconds <= fastest * (1 + TIE)], fastest)
+    def example(self, where: Predicate, of: Which = anyhow) -> Candidate | None:
+        """A configuration that `where` and `of` pick and that fits, such that none is faster by more than TIE."""
+        ways = [each for each in self._parallels if of(each)]
+        if len(ways) == 1:
+            return self._of(ways[0]).example(where)
+        return self.best(where, of=of)
 
-    def example(self, where: Predicate) -> Candidate | None:
-        """A configuration that `where` picks and that fits, such that none is faster by more than TIE."""
-        picked = [each for each in self._by_time if where(each.point)]
-        found = self._ascending(picked, slack=TIE)
-        fastest = min((each.seconds for each in found), default=inf)
-        pipeline = self._pipelines.best(where, fastest)
-        found += [] if pipeline is None else [pipeline]
-        return best_first(found, self._predictor.device_budget)[0] if found else None
+    def closest(self, where: Predicate, of: Which = anyhow, vain: float = inf) -> Candidate | None:
+        """Where none of those that `where` and `of` pick fits: the one that misses the budgets by least; of pipelines
+        one of those that do by little. `vain` as of `LayoutSearch.closest` where there are several ways to share
+        the model, MOST_FURTHER at most."""
+        vain = inf if len(self._parallels) == 1 else min(vain, MOST_FURTHER)
+        found = [self._of(each).closest(where, vain) for each in self._parallels if of(each)]
+        return min((each for each in found if each is not None), key=self._distance, default=None)
 
-    def _ascending(self, picked: list[_Bounds], slack: float) -> list[Candidate]:
-        """Those that fit, predicted in the order of their bounds until none can be faster, but for `slack`."""
+    def _first_of(
+        self, of: Which, at_most: float, ask: Callable[[LayoutSearch, float], Candidate | None]
+    ) -> Candidate | None:
         found: list[Candidate] = []
-        fastest = inf
-        for each in picked:
-            if each.seconds >= fastest * (1 - slack):
+        limit, vain = at_most, 0
+        for bound, parallel in self._by_time:
+            if bound > limit or vain > PATIENCE:
                 break
-            candidate = self._result(each.point)
-            if candidate is not None and candidate.fits:
+            if not of(parallel):
+                continue
+            candidate = ask(self._of(parallel), limit)
+            vain = vain + 1 if found and (candidate is None or candidate.seconds >= limit / (1 + TIE)) else 0
+            if candidate is not None:
                 found.append(candidate)
-                fastest = min(fastest, candidate.seconds)
-        return found
+                limit = min(limit, candidate.seconds * (1 + TIE))
+        return best_first(found, self._predictor.device_budget)[0] if found else None
 
-    def _simplest(self, found: list[Candidate], ties: list[_Bounds], fastest: float) -> Candidate:
-        """Of all that tie with the fastest, the one that `best_first` puts first."""
-        budget = self._predictor.device_budget
-        best = best_first(found, budget)[0]
-        bounds = [
-            (memory_rank(each.reserved, replace(each.point, checkpointed=each.blocks), budget), each.point)
-            for each in ties
-        ]
-        for bound, point in sorted(bounds, key=_first):
-            if bound > memory_rank(best.reserved, best.point, budget):
-                break
-            candidate = self._result(point)
-            if candidate is not None and candidate.fits and candidate.seconds <= fastest * (1 + TIE):
-                best = best_first([best, candidate, *found], budget)[0]
-        return best
+    def runner_up(self, of: Which) -> Candidate | None:
+        """One of the best points of the ways that `of` picks, as far as they were looked at; else of the way that takes
+        least by its bound. Where none fits, the one that comes closest."""
+        ways = [parallel for _, parallel in self._by_time if of(parallel)]
+        looked_at = [each for each in self._measured() if of(each.point.parallel)]
+        fitting = [each for each in looked_at if each.fits]
+        if fitting or not ways:
+            return best_first(fitting, self._predictor.device_budget)[0] if fitting else None
+        only = self._of(ways[0])
+        found = only.example(lambda point: True) or only.closest(lambda point: True, MOST_IN_VAIN)
+        return found or min(looked_at, key=self._distance, default=None)
 
-    def closest(self, where: Predicate) -> Candidate | None:
-        """Where none of those that `where` picks fits: the one that misses the budgets by least; of pipelines one of
-        those that do by little."""
-        found = [each for each in (self._closest_plain(where), self._pipelines.closest(where)) if each is not None]
-        return min(found, key=self._distance, default=None)
+    @cached_property
+    def _by_time(self) -> list[tuple[float, Parallel]]:
+        """Ways to share the model, with the seconds that they take at least; of equal ones the simplest first."""
+        if len(self._parallels) == 1:
+            return [(0.0, self._parallels[0])]
+        bounds = [(least_seconds(self._predictor, each), each) for each in self._parallels]
+        return sorted(bounds, key=lambda each: each[0])
 
-    def _closest_plain(self, where: Predicate) -> Candidate | None:
-        nearest: Candidate | None = None
-        for bound, point in self._by_memory:
-            if nearest is not None and bound >= self._distance(nearest):
-                break
-            candidate = self._measure(point) if where(point) else None
-            if candidate is not None and (nearest is None or self._distance(candidate) < self._distance(nearest)):
-                nearest = candidate
-        return nearest
+    def _of(self, parallel: Parallel) -> LayoutSearch:
+        if parallel not in self._searches:
+            self._searches[parallel] = LayoutSearch(self._predictor.of(parallel))
+        return self._searches[parallel]
 
     def _measured(self) -> Iterator[Candidate]:
-        yield from (result for result in self._results.values() if result is not None)
-        yield from self._pipelines.measured
+        for search in self._searches.values():
+            yield from search.measured
 
     def _distance(self, candidate: Candidate) -> tuple[int, tuple[int, ...]]:
-        return shortfall(self._predictor, candidate), simplicity(candidate.point)
-
-    def _result(self, point: Point) -> Candidate | None:
-        """The configuration predicted in full; None where a bound says that it cannot fit."""
-        if point in self._results:
-            return self._results[point]
-        kind = replace(point, micro_batch=0, accumulation=0)
-        if point.accumulation > 1 and self._full.get(kind, inf) < point.micro_batch:
-            return None
-        candidate = self._measure(point)
-        if candidate is not None and not candidate.fits and point.accumulation > 1:
-            self._full[kind] = min(point.micro_batch, self._full.get(kind, point.micro_batch))
-        return candidate
-
-    def _measure(self, point: Point) -> Candidate | None:
-        if point not in self._results:
-            candidate = least_that_fits(self._predictor, point)
-            if candidate is not None and candidate.fits:
-                candidate = timed(self._predictor, candidate)
-            self._results[point] = candidate
-        return self._results[point]
+        return distance(self._predictor, candidate)
 
 
-def _first(entry: tuple[Any, ...]) -> Any:
-    return entry[0]
-
-
-def least_that_fits(predictor: Predictor, configuration: Point) -> Candidate | None:
-    """The configuration with the fewest checkpointed blocks that fit, or with those that come closest; None where the
-    job permits no number of blocks."""
-    permitted = permitted_blocks(predictor.job, block_count(predictor.profile))
-    saving = _largest_saving(predictor, configuration)
-    closest: Candidate | None = None
-    least = 0.0
-    for blocks in permitted:
-        if blocks < least and blocks != permitted[-1]:
+def least_seconds(predictor: Predictor, parallel: Parallel) -> float:
+    """A lower bound of the step of every point that shares the model this way: all compute of a step and all that goes
+    with it ([Note: parallels in the search]), at the micro-batch at which a sequence takes least; inf where there is no
+    such point."""
+    own = predictor.of(parallel)
+    job, wiring = own.job, Wiring.of(own.job, around_of(predictor.job, predictor.profile, parallel))
+    batch, world = job.train.global_batch_sequences, job.cluster.world_size
+    least = inf
+    for precision in permitted_precisions(job):
+        if not profiled(own.profile, precision):
             continue
-        candidate = measure(predictor, replace(configuration, checkpointed=blocks))
-        if candidate.fits:
-            return candidate
-        if closest is None or shortfall(predictor, candidate) < shortfall(predictor, closest):
-            closest = candidate
-        if candidate.peak.recomputes:
-            break
-        if blocks == permitted[0] and saving > 0:
-            least = blocks + (candidate.reserved - predictor.device_budget) / saving
-    return closest
-
-
-def _largest_saving(predictor: Predictor, configuration: Point) -> float:
-    """Most reserved bytes that checkpointing one more block can save."""
-    dtype = PRECISIONS[configuration.precision].compute
-    blocks = [unit.costs[dtype].saved for unit in predictor.profile.units if unit.kind == "block"]
-    size = configuration.micro_batch
-    saved = max((saved["none"].at(size) - saved["full"].at(size) for saved in blocks), default=0)
-    return predictor.memory.reserved(saved)
+        size = max(micro_batches(job, 1), default=0)
+        if size:
+            work = model_work(
+                own.profile, PRECISIONS[precision].compute, size, job.cluster.device, hooked=False, wiring=wiring
+            )
+            seconds = sum(each.count * (each.forward.seconds + each.backward.seconds) for each in work)
+            least = min(least, batch * seconds / (size * world))
+    return least

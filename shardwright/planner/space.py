@@ -9,6 +9,8 @@ from functools import cache
 from shardwright.planner.engines import ENGINES, EngineName
 from shardwright.planner.flat import ALIGNMENT, Chain
 from shardwright.planner.layouts import Layout, layouts, level_ends
+from shardwright.planner.network import Links
+from shardwright.planner.parallel import WHOLE, Parallel
 from shardwright.planner.precisions import PRECISIONS, Precision, permitted_precisions
 from shardwright.planner.quantized import BLOCK
 from shardwright.planner.schedules.timetable import Layout as StageLayout
@@ -20,17 +22,23 @@ from shardwright.schemas.job import STOCK_ENGINES, JobSpec, ScheduleName
 from shardwright.schemas.plan import (
     Checkpointing,
     Communication,
+    ContextParallel,
     Decision,
     Engine,
+    ExpertParallel,
     Mesh,
     MeshAxis,
     Pipeline,
     States,
     StateSharding,
+    TensorParallel,
 )
-from shardwright.schemas.profile import ModelProfile
+from shardwright.schemas.profile import ModelProfile, ParallelAxis
 
 PIPELINE_AXIS = "pp"
+TENSOR_AXIS = "tp"
+NO_EXPERTS: frozenset[EngineName] = frozenset({"single", "ddp"})
+"""Engines that do not run expert parallelism: they hold every state on all processes alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +78,10 @@ class Point:
     """One point of the space: the decision vector without what follows from it."""
 
     engine: EngineName
+    parallel: Parallel = WHOLE
+    """How processes share one copy; everything else here is of one process of each `parallel.tp`."""
     world: int
-    """Devices, those of all pipeline stages together."""
+    """Devices, those of all pipeline stages together, every `parallel.tp` of them counted once."""
     pipe: Pipe | None = None
     """None without pipeline stages; with them, `shard` and the other degrees, `axes` and `micro_batch` are those of
     the processes that have the same stages."""
@@ -99,8 +109,13 @@ class Point:
     precision: Precision
 
     @property
+    def devices(self) -> int:
+        """All devices of the plan."""
+        return self.world * self.parallel.tp
+
+    @property
     def copies(self) -> int:
-        """Processes that train the same stages on different samples."""
+        """Processes that have the same stages, and the same part of their layers."""
         return self.world if self.pipe is None else self.world // self.pipe.ranks
 
     @property
@@ -143,6 +158,17 @@ def spanned_levels(cluster: ClusterSpec, inner: int, size: int) -> tuple[tuple[L
         size //= max(part, 1)
         below *= level.size
     return tuple(spanned)
+
+
+def exchange_size(parallel: Parallel, axis: ParallelAxis) -> int:
+    """Processes of one group of an axis."""
+    return {"tp": parallel.tp, "cp": parallel.cp, "ep": parallel.ep}[axis]
+
+
+def exchange_links(cluster: ClusterSpec, parallel: Parallel, axis: ParallelAxis) -> Links:
+    """The levels of the whole cluster that a group of an axis spans, as `spanned_levels` has them: the processes that
+    share a layer are neighbours, those that share sequences or experts the nearest behind them."""
+    return spanned_levels(cluster, 1 if axis == "tp" else parallel.tp, exchange_size(parallel, axis))
 
 
 def block_count(profile: ModelProfile) -> int:
@@ -190,25 +216,31 @@ def unshardable(profile: ModelProfile, engine: EngineName) -> str:
     return ""
 
 
-def permitted_engines(job: JobSpec, profile: ModelProfile) -> tuple[EngineName, ...]:
-    """Engines that the job permits and that can hold the model."""
+def permitted_engines(job: JobSpec, profile: ModelProfile, parallel: Parallel = WHOLE) -> tuple[EngineName, ...]:
+    """Engines that the job permits, that can hold the model, and that run it shared this way."""
     choice = job.strategy.engine
     names = None if choice == "auto" else {*choice, *(STOCK_ENGINES if "stock" in choice else ())}
-    return tuple(name for name in ENGINES if (names is None or name in names) and not unshardable(profile, name))
+    return tuple(
+        name
+        for name in ENGINES
+        if (names is None or name in names)
+        and not unshardable(profile, name)
+        and (parallel.ep == 1 or name not in NO_EXPERTS)
+    )
 
 
-def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
+def configurations(job: JobSpec, profile: ModelProfile, parallel: Parallel = WHOLE) -> Iterator[Point]:
     """Every permitted point without pipeline stages and with nothing checkpointed, in a fixed order; the search adds
-    checkpointing.
+    checkpointing. `job` and `profile` as `divided` makes them for `parallel`.
 
     What a permitted stock engine can run is not offered as `amsp` as well.
     """
     world = job.cluster.world_size
-    if not permits_no_pipeline(job):
+    if not permits_no_pipeline(job) or world % parallel.cp or world % parallel.ep:
         return
-    engines = permitted_engines(job, profile)
+    engines = permitted_engines(job, profile, parallel)
     # Whether micro-batches accumulate matters to a layout, how many do not.
-    layouts_of = cache(lambda name, accumulation: tuple(layouts(job, ENGINES[name], accumulation)))
+    layouts_of = cache(lambda name, accumulation: tuple(layouts(job, ENGINES[name], accumulation, parallel.ep)))
     for precision in permitted_precisions(job):
         if not profiled(profile, precision):
             continue
@@ -223,7 +255,7 @@ def configurations(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
                         stock.add(layout.states)
                     elif layout.states in stock and not layout.quantized:
                         continue
-                    yield laid_out(name, world, layout, micro_batch, accumulation, precision)
+                    yield laid_out(name, world, layout, micro_batch, accumulation, precision, parallel)
 
 
 def laid_out(
@@ -233,11 +265,13 @@ def laid_out(
     micro_batch: int,
     accumulation: int,
     precision: Precision,
+    parallel: Parallel,
     pipe: Pipe | None = None,
 ) -> Point:
     """The point with a layout, nothing checkpointed."""
     return Point(
         engine=name,
+        parallel=parallel,
         world=world,
         pipe=pipe,
         shard=layout.parameters,
@@ -256,21 +290,29 @@ def laid_out(
 
 
 def decide(point: Point, cluster: ClusterSpec, blocks: int) -> Decision:
-    """The point as a plan states it."""
-    recomputed = point.recomputed
+    """The point as a plan states it; `cluster` is the whole one."""
+    recomputed, parallel = point.recomputed, point.parallel
+
+    def sharding(degree: int) -> StateSharding:
+        levels = spanned_levels(cluster, parallel.tp, degree)
+        return StateSharding(degree=degree, levels=tuple(level.name for level, _ in levels))
+
     return Decision(
-        mesh=Mesh(world_size=point.world, axes=_axes(point, cluster)),
+        mesh=Mesh(world_size=point.devices, axes=_axes(point, cluster)),
         states=States(
-            parameters=_sharding(cluster, point.shard),
-            gradients=_sharding(cluster, point.gradient_degree),
-            optimizer_states=_sharding(cluster, point.optimizer_degree),
-            secondary=None if point.secondary is None else _sharding(cluster, point.secondary),
+            parameters=sharding(point.shard),
+            gradients=sharding(point.gradient_degree),
+            optimizer_states=sharding(point.optimizer_degree),
+            secondary=None if point.secondary is None else sharding(point.secondary),
         ),
         micro_batch=point.micro_batch,
         accumulation=point.accumulation,
         checkpointing=Checkpointing(policy="full" if recomputed else "none", blocks=recomputed, of=blocks),
         precision=point.precision,
         pipeline=Pipeline() if point.pipe is None else Pipeline(**asdict(point.pipe)),
+        tensor_parallel=TensorParallel(degree=parallel.tp, sequence=parallel.sequence),
+        context_parallel=ContextParallel(degree=parallel.cp, method=parallel.method),
+        expert_parallel=ExpertParallel(degree=parallel.ep),
         communication=Communication(
             int8_gathers=tuple(axis_name(axis) for axis in point.int8_gathers),
             int4_reductions=tuple(axis_name(axis) for axis in point.int4_reductions),
@@ -282,7 +324,8 @@ def decide(point: Point, cluster: ClusterSpec, blocks: int) -> Decision:
 def point_of(decision: Decision) -> Point:
     """The point that a decision states; the inverse of `decide`, without its checks."""
     reshard, states = decision.engine.reshard_after_forward, decision.states
-    names = [axis.name for axis in reversed(decision.mesh.axes)]
+    names = [axis.name for axis in reversed(decision.mesh.axes) if axis.name != TENSOR_AXIS]
+    parallel = parallel_of(decision)
     flat, pipeline = ENGINES[decision.engine.name].flat, decision.pipeline
     pipe = None
     if pipeline.schedule != "none":
@@ -290,7 +333,8 @@ def point_of(decision: Decision) -> Point:
         names = [name for name in names if name != PIPELINE_AXIS]
     return Point(
         engine=decision.engine.name,
-        world=decision.mesh.world_size,
+        parallel=parallel,
+        world=decision.mesh.world_size // parallel.tp,
         pipe=pipe,
         shard=states.parameters.degree,
         optimizer_degree=states.optimizer_states.degree,
@@ -307,6 +351,18 @@ def point_of(decision: Decision) -> Point:
     )
 
 
+def parallel_of(decision: Decision) -> Parallel:
+    """How processes share one copy of the model, as a decision states it."""
+    tensor, context = decision.tensor_parallel, decision.context_parallel
+    return Parallel(
+        tp=tensor.degree,
+        sequence=tensor.sequence,
+        cp=context.degree,
+        method=context.method,
+        ep=decision.expert_parallel.degree,
+    )
+
+
 def axis_name(axis: int) -> str:
     """The name of amsp's axis, counted from the fastest."""
     return f"dp_{axis + 1}"
@@ -318,23 +374,27 @@ def axis_links(cluster: ClusterSpec, axes: tuple[int, ...]) -> tuple[tuple[tuple
 
 
 def _axes(point: Point, cluster: ClusterSpec) -> tuple[MeshAxis, ...]:
-    """Slowest first. `single` has no mesh, `ddp` the replicas alone, fsdp2 no replicas where there is one copy."""
+    """Slowest first: of the stages, of the data ([Note: processes]), of the tensors; the first and the last of them
+    only where there are several processes on it."""
+    inner = point.parallel.tp
 
-    def axis(name: str, inner: int, size: int) -> MeshAxis:
-        levels = tuple(level.name for level, _ in spanned_levels(cluster, inner, size))
+    def axis(name: str, inside: int, size: int) -> MeshAxis:
+        levels = tuple(level.name for level, _ in spanned_levels(cluster, inside, size))
         return MeshAxis(name=name, size=size, levels=levels)
 
+    made = [axis(name, inner * inside, size) for name, inside, size in _data_axes(point)]
+    if point.pipe is not None:
+        made.insert(0, axis(PIPELINE_AXIS, inner * point.copies, point.pipe.ranks))
+    return (*made, axis(TENSOR_AXIS, 1, inner)) if inner > 1 else tuple(made)
+
+
+def _data_axes(point: Point) -> list[tuple[str, int, int]]:
+    """Name, processes inside, and size, slowest first. `single` has none, `ddp` the replicas alone, fsdp2 no replicas
+    where there is one copy."""
     if ENGINES[point.engine].flat:
         inners = level_ends(point.axes)
-        made = [axis(axis_name(index), inners[index], size) for index, size in enumerate(point.axes)]
-        if point.pipe is not None:
-            made.append(axis(PIPELINE_AXIS, point.copies, point.pipe.ranks))
-        return tuple(reversed(made))
-    replicate, shard = axis("dp_replicate", point.shard, point.replicas), axis("dp_shard", 1, point.shard)
+        return [(axis_name(at), inners[at], size) for at, size in reversed(list(enumerate(point.axes)))]
+    replicate, shard = ("dp_replicate", point.shard, point.replicas), ("dp_shard", 1, point.shard)
     if not ENGINES[point.engine].shards:
-        return (replicate,) if point.world > 1 else ()
-    return (replicate, shard) if point.replicas > 1 else (shard,)
-
-
-def _sharding(cluster: ClusterSpec, degree: int) -> StateSharding:
-    return StateSharding(degree=degree, levels=tuple(level.name for level, _ in spanned_levels(cluster, 1, degree)))
+        return [replicate] if point.world > 1 else []
+    return [replicate, shard] if point.replicas > 1 else [shard]

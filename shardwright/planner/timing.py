@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
 
-from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES
+from shardwright.planner.collectives import load_bytes, metrics_sizes
 from shardwright.planner.compute import KINDS, UnitWork, memory_rate, model_work
 from shardwright.planner.constants import device_constants
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB, ENGINES
+from shardwright.planner.exchanges import ALONE, AXES, NOTHING, Around, ByAxis, Wiring
 from shardwright.planner.flat_lanes import FlatStep, run_flat
 from shardwright.planner.flat_timing import FlatTime
-from shardwright.planner.groups import Groups
+from shardwright.planner.groups import Groups, Sizes
 from shardwright.planner.lanes import Load, StepLoad, least_lane_seconds, run_lanes
 from shardwright.planner.network import CollectiveKind, Links, collective_seconds
 from shardwright.planner.optimizers import OPTIMIZERS
-from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
+from shardwright.planner.parts import Part, parts_of, spans_world
+from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS, Precision
 from shardwright.planner.space import Point, spanned_levels
+from shardwright.schemas.cluster import ClusterSpec
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import TimePart
 from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, UnitKind
@@ -36,14 +39,14 @@ class Step:
 class TimeModel:
     """Step time of every point of one job."""
 
-    def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups) -> None:
-        self._job, self._groups = job, groups
-        device = job.cluster.device
+    def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups, around: Around = ALONE) -> None:
+        self._job, self._groups, self._around = job, groups, around
+        device, wiring = job.cluster.device, Wiring.of(job, around)
         self._constants = device_constants(device)
         self._memory_rate = memory_rate(device)
         self._flat = FlatTime(job.cluster, groups)
         self._work: Callable[[ComputeDtypeName, int, bool], list[UnitWork]] = lru_cache(maxsize=None)(
-            lambda dtype, micro_batch, hooked: model_work(profile, dtype, micro_batch, device, hooked)
+            lambda dtype, micro_batch, hooked: model_work(profile, dtype, micro_batch, device, hooked, wiring)
         )
         self._passes: Callable[[ComputeDtypeName, int], tuple[float, list[float]]] = lru_cache(maxsize=None)(
             lambda dtype, micro_batch: _totals(self._work(dtype, micro_batch, True))
@@ -73,12 +76,16 @@ class TimeModel:
             lanes = least_lane_seconds(self._load(point, self._point_work(point)))
         return lanes + sum(seconds for _, seconds, _ in self._tail(point))
 
+    def work_seconds(self, precision: Precision, micro_batch: int) -> float:
+        """Forward and backward of one micro-batch, exchanges included, with nothing recomputed."""
+        return self._passes(PRECISIONS[precision].compute, micro_batch)[0]
+
     def _point_work(self, point: Point) -> list[UnitWork]:
         return self._work(PRECISIONS[point.precision].compute, point.micro_batch, ENGINES[point.engine].shards)
 
     def _tail(self, point: Point) -> list[tuple[str, float, str]]:
         """What follows forward and backward."""
-        own = self._flat.own(point) if _is_flat(point) else self._groups.sizes(point.shard).own
+        own = self._flat.own(point) if _is_flat(point) else sum(sizes.own for _, sizes in self._sizes(point))
         traffic = OPTIMIZERS[self._job.train.optimizer.name].traffic_bytes(self._job.train)
         if _is_flat(point) and PRECISIONS[point.precision].compute_bytes < MASTER_BYTES:
             traffic += MASTER_BYTES + PRECISIONS[point.precision].compute_bytes
@@ -107,36 +114,46 @@ class TimeModel:
         )
 
     def _shares_links(self, point: Point) -> bool:
-        """Whether both axes of the mesh are bound by the same level of the cluster ([Note: lanes])."""
-        levels = [
-            spanned_levels(self._job.cluster, *axis) for axis in ((1, point.shard), (point.shard, point.replicas))
-        ]
+        """Whether both axes of the mesh, of the experts' too, are bound by the same level ([Note: lanes])."""
+        return any(self._is_shared(part) for part in parts_of(point))
+
+    def _is_shared(self, part: Part) -> bool:
+        levels = [self._shard_links(part, part.point.shard), self._replicate_links(part)]
         return all(levels) and levels[0][-1][0] == levels[1][-1][0]
 
+    def _sizes(self, point: Point) -> list[tuple[Part, Sizes]]:
+        return [(part, part.groups(self._groups).sizes(part.point.shard)) for part in parts_of(point)]
+
     def _sharded(self, point: Point, compute: list[tuple[float, float]]) -> list[Load]:
-        """fsdp2: every group on every lane. Equal groups are worked out once."""
-        sizes = self._groups.sizes(point.shard)
-        element = PRECISIONS[point.precision].compute_bytes
+        """fsdp2: every group on every lane; the experts' of a block follow its others on the same ones."""
+        moved = [self._moved(*each) for each in self._sizes(point)]
+        return [
+            Load(*passes, *(sum(seconds) for seconds in zip(*of_group, strict=True)))
+            for passes, of_group in zip((*compute, (0.0, 0.0)), zip(*moved, strict=True), strict=True)
+        ]
+
+    def _moved(self, part: Part, sizes: Sizes) -> list[tuple[float, ...]]:
+        """What the groups of a part take on each lane. Equal groups are worked out once."""
+        point, element = part.point, PRECISIONS[part.point.precision].compute_bytes
+        shard = self._shard_links(part, point.shard)
+        again = self._shard_links(part, point.shard if point.secondary is None else point.secondary)
+        copies = self._replicate_links(part)
 
         @cache
-        def communication(gathered: int, reduced: int) -> tuple[float, float, float, float, float, float]:
-            again = point.shard if point.secondary is None else point.secondary
+        def communication(gathered: int, reduced: int) -> tuple[float, ...]:
             copied = (element if point.shard > 1 else MASTER_BYTES) + element
             handed = element + MASTER_BYTES * (1 if point.shard > 1 else 3)
             return (
-                self._shard_seconds("all_gather", point.shard, element * gathered),
-                self._shard_seconds("all_gather", again, element * gathered),
+                self._seconds("all_gather", shard, element * gathered),
+                self._seconds("all_gather", again, element * gathered),
                 copied * gathered / self._memory_rate,
                 handed * reduced / self._memory_rate,
-                self._shard_seconds("reduce_scatter", point.shard, MASTER_BYTES * reduced),
-                self._replicate_seconds(point, MASTER_BYTES * reduced // point.shard),
+                self._seconds("reduce_scatter", shard, MASTER_BYTES * reduced),
+                self._seconds("all_reduce", copies, MASTER_BYTES * reduced // point.shard),
             )
 
         groups = zip((*sizes.blocks, sizes.root), (*sizes.block_gradients, sizes.root_gradients), strict=True)
-        return [
-            Load(*passes, *communication(gathered, reduced))
-            for passes, (gathered, reduced) in zip((*compute, (0.0, 0.0)), groups, strict=True)
-        ]
+        return [communication(*group) for group in groups]
 
     def _replicated(self, point: Point, compute: list[tuple[float, float]]) -> list[Load]:
         """single and ddp: buckets are all-reduced when the backward of the block that fills them has ended."""
@@ -159,23 +176,54 @@ class TimeModel:
     def _norm(self, point: Point, own: int) -> float:
         clips = self._job.train.optimizer.clip_grad_norm is not None
         traffic = MASTER_BYTES * own * (3 if clips else 1) / self._memory_rate
+        if spans_world(point):
+            return traffic + self._seconds("all_reduce", self._world(point), MASTER_BYTES)
         if _is_flat(point):
             return traffic + self._flat.norm(point)
         scalars = MASTER_BYTES * self._groups.sizes(point.shard).tensors
-        return traffic + self._shard_seconds("all_reduce", point.shard, scalars)
+        return traffic + self._seconds("all_reduce", self._shard_links(parts_of(point)[0], point.shard), scalars)
 
     def _metrics(self, point: Point) -> float:
-        world = spanned_levels(self._job.cluster, 1, point.world)
-        return sum(self._seconds("all_reduce", world, size) for size in (COUNTS_BYTES, LOSS_BYTES))
+        sums = sum(self._seconds("all_reduce", self._world(point), size) for size in metrics_sizes(point))
+        return sums + load_seconds(point, self._groups.profile, self._around, self._constants.links.value)
 
-    def _shard_seconds(self, kind: CollectiveKind, degree: int, size: int) -> float:
-        return self._seconds(kind, spanned_levels(self._job.cluster, 1, degree), size)
+    def _world(self, point: Point) -> Links:
+        return world_links(self._job.cluster, point, self._around)
+
+    def _shard_links(self, part: Part, degree: int) -> Links:
+        return spanned_levels(self._job.cluster, part.inner, degree)
+
+    def _replicate_links(self, part: Part) -> Links:
+        return spanned_levels(self._job.cluster, part.inner * part.point.shard, part.point.replicas)
 
     def _replicate_seconds(self, point: Point, size: int) -> float:
-        return self._seconds("all_reduce", spanned_levels(self._job.cluster, point.shard, point.replicas), size)
+        return self._seconds("all_reduce", self._replicate_links(parts_of(point)[0]), size)
 
     def _seconds(self, kind: CollectiveKind, links: Links, size: int) -> float:
         return collective_seconds(kind, links, size, self._constants.links.value)
+
+
+def world_links(cluster: ClusterSpec, point: Point, around: Around) -> Links:
+    """Of all processes of a point."""
+    return spanned_levels(cluster, 1, point.world) if around.world is None else around.world
+
+
+def load_seconds(point: Point, profile: ModelProfile, around: Around, efficiency: float) -> float:
+    """Of telling how many rows each process's experts had."""
+    if point.parallel.ep == 1:
+        return 0.0
+    return collective_seconds(
+        "all_gather", around.links["ep"], load_bytes(point, len(profile.expert_layers)), efficiency
+    )
+
+
+def exchange_parts(seconds: Iterable[ByAxis]) -> list[TimePart]:
+    """What processes that share one copy of the model exchange, by axis."""
+    sums = [sum(of_axis) for of_axis in zip(NOTHING, *seconds, strict=True)]
+    return [
+        TimePart(name=name, seconds=of_axis, note="compute waits for what processes exchange")
+        for name, of_axis in zip(AXES.values(), sums, strict=True)
+    ]
 
 
 def _compute_parts(point: Point, work: list[UnitWork]) -> list[TimePart]:
@@ -188,9 +236,23 @@ def _compute_parts(point: Point, work: list[UnitWork]) -> list[TimePart]:
             parts.append(TimePart(name=f"{name} {kind}", seconds=seconds))
         launch = point.accumulation * sum(count * each.launch for count, each in passes)
         parts.append(TimePart(name=f"{name} launch", seconds=launch, note="kernels wait for the host"))
-    blocks = [unit.recompute for unit in work if unit.kind == "block" for _ in range(unit.count)]
-    recomputed = point.accumulation * sum(blocks[: point.checkpointed])
-    return [*parts, TimePart(name="recompute", seconds=recomputed, note="forward of checkpointed blocks, again")]
+    blocks = [unit for unit in work if unit.kind == "block" for _ in range(unit.count)][: point.checkpointed]
+    recomputed = point.accumulation * sum(unit.recompute - sum(unit.exchanged_again) for unit in blocks)
+    exchanged = [
+        *((unit.count, each.exchanges) for unit in work for each in (unit.forward, unit.backward)),
+        *((1, unit.exchanged_again) for unit in blocks),
+    ]
+    return [
+        *parts,
+        TimePart(name="recompute", seconds=recomputed, note="forward of checkpointed blocks, again"),
+        *exchange_parts(times(point.accumulation * count, seconds) for count, seconds in exchanged),
+    ]
+
+
+def times(count: int, seconds: ByAxis) -> ByAxis:
+    """So many times as many seconds."""
+    tensor, context, expert = seconds
+    return count * tensor, count * context, count * expert
 
 
 def _is_flat(point: Point) -> bool:

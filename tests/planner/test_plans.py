@@ -14,7 +14,7 @@ from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 from shardwright.planner import evaluate, make_plan
 from shardwright.planner.candidates import TIE, measure
 from shardwright.planner.edited import checked_point
-from shardwright.planner.explain import MOST_ALTERNATIVES, REASONED
+from shardwright.planner.explain import MOST_ALTERNATIVES, REASONED, SHARED
 from shardwright.planner.names import plan_name, summary
 from shardwright.planner.predict import Predictor
 from shardwright.planner.space import Point, configurations, decide
@@ -87,8 +87,8 @@ def test_one_block_fewer_would_not_fit(plan: Plan) -> None:
 
 def test_every_key_of_the_decision_has_a_reason(plan: Plan) -> None:
     reasons = {reason.key: reason for reason in plan.reasons}
-    missing = {"communication", "pipeline.ranks", "pipeline.schedule", "pipeline.cuts", "pipeline.late_step"}
-    assert set(reasons) == set(REASONED) - missing  # lossy communication, and pipelines of a model that can be cut
+    missing = {"communication", "pipeline.ranks", "pipeline.schedule", "pipeline.cuts", "pipeline.late_step", *SHARED}
+    assert set(reasons) == set(REASONED) - missing  # lossy communication, and what needs a model that can be divided
     assert reasons["engine.reshard_after_forward"].value == "true"
     assert reasons["mesh"].value == "dp_shard 8"
     assert "Runner-up: AMSP 4/8/8 of 8" in reasons["mesh"].because

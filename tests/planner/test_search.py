@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from planner.profiles import cpu_cluster, gpu_cluster, job, llama, toy
 from planner.test_memory import MODELS
 from shardwright.planner.candidates import TIE, Candidate, best_first, measure, timed
+from shardwright.planner.layout_search import least_that_fits
 from shardwright.planner.pipelines.space import pipelines
 from shardwright.planner.predict import Predictor
-from shardwright.planner.search import OWN_ENGINE_GAIN, Search, least_that_fits
+from shardwright.planner.search import OWN_ENGINE_GAIN, Search
 from shardwright.planner.space import Point, block_count, configurations, permitted_blocks
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.profile import ModelProfile

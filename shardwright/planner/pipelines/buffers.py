@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 from shardwright.planner.flat import Bucket, Chain, trained_elements
 from shardwright.planner.flat_chains import FlatGathers, reduction_share
+from shardwright.planner.model_states import ChainedUnit
+from shardwright.planner.parts import Part
 from shardwright.planner.pipelines.owners import by_stage
 from shardwright.planner.precisions import MASTER_BYTES
 from shardwright.planner.schedules.lowering import Program
@@ -30,6 +32,30 @@ class UnitSizes:
         """Of whole buffers."""
         self.whole = [element * sum(bucket.padded for bucket in unit) for unit in units]
         """Parameters in the compute dtype."""
+
+
+class RankSizes:
+    """The same of all parts of the parameters ([Note: states of experts] in parts.py), and their sums."""
+
+    def __init__(self, parts: Sequence[tuple[Part, UnitSizes]]) -> None:
+        self.parts, self.of_stage = parts, parts[0][1].of_stage
+        every = [sizes for _, sizes in parts]
+        self.gradients: list[int] = [sum(unit) for unit in zip(*(sizes.gradients for sizes in every), strict=True)]
+        self.whole: list[int] = [sum(unit) for unit in zip(*(sizes.whole for sizes in every), strict=True)]
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of all units whole, where they rest sharded."""
+        return sum(sum(sizes.whole) for part, sizes in self.parts if part.point.shard > 1)
+
+    @property
+    def reduced(self) -> int:
+        """Bytes of all gradients at level g, where that is not the whole."""
+        return sum(
+            sum(sizes.gradients) // part.point.gradient_degree
+            for part, sizes in self.parts
+            if part.point.gradient_degree > 1
+        )
 
 
 class Gradients:
@@ -124,9 +150,64 @@ class Gathered:
         self.bytes = sum(self._sizes.whole[unit] for unit in self._whole) + max(0, extra)
 
 
-def building(
-    units: Iterable[Sequence[Bucket]], outside: int, layout: Chain, element: int, whole_model: int
-) -> tuple[int, int]:
+class RankGradients:
+    """[Note: gradients of a stage], of all parts of the parameters, each as if the others had none: an upper bound
+    while several are sent off."""
+
+    def __init__(self, sizes: RankSizes, program: Program) -> None:
+        self._parts = [
+            Gradients(of_part, part.point.chain, part.point.int4_reductions, program) for part, of_part in sizes.parts
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """As `Gradients.bytes`."""
+        return sum(part.bytes for part in self._parts)
+
+    @property
+    def sending(self) -> int:
+        """Bytes of hops under way."""
+        return sum(part.sending for part in self._parts)
+
+    def fresh(self, stage: int) -> bool:
+        """As `Gradients.fresh`: they are made at once."""
+        return self._parts[0].fresh(stage)
+
+    def make(self, stage: int) -> None:
+        """As `Gradients.make`."""
+        for part in self._parts:
+            part.make(stage)
+
+    def reduce(self, stage: int) -> int:
+        """As `Gradients.reduce`."""
+        return sum(part.reduce(stage) for part in self._parts)
+
+
+class RankGathered:
+    """Whole parameters of all parts."""
+
+    def __init__(self, sizes: RankSizes, element: int) -> None:
+        self._parts = [
+            Gathered(of_part, part.point.chain, element, part.point.int8_gathers) for part, of_part in sizes.parts
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """As `Gathered.bytes`."""
+        return sum(part.bytes for part in self._parts)
+
+    def gather(self, stage: int) -> None:
+        """As `Gathered.gather`."""
+        for part in self._parts:
+            part.gather(stage)
+
+    def release(self, stage: int) -> None:
+        """As `Gathered.release`."""
+        for part in self._parts:
+            part.release(stage)
+
+
+def building(units: Iterable[ChainedUnit], outside: int, element: int, whole_model: int) -> tuple[int, int]:
     """Parameters, and master values, at the worst moment of starting up: each unit has its parameters in float32
     and, of one bucket at a time, copies of them.
 
@@ -137,8 +218,8 @@ def building(
     kept = masters = 0
     worst = (MASTER_BYTES * max(outside, whole_model), 0)
     for unit in units:
-        own = sum(bucket.numel for bucket in unit)
-        for bucket in unit:
+        own = sum(bucket.numel for bucket, _ in unit)
+        for bucket, layout in unit:
             copies = (MASTER_BYTES + (element if master else 0)) * bucket.padded
             moment = kept + MASTER_BYTES * max(own, outside, whole_model) + copies, masters
             worst = max(worst, moment, key=sum)

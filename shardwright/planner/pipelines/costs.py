@@ -26,6 +26,7 @@ from itertools import pairwise
 
 from shardwright.planner.compute import Work, memory_rate, model_work
 from shardwright.planner.constants import device_constants
+from shardwright.planner.exchanges import ALONE, NOTHING, UNWIRED, Around, ByAxis, Wiring
 from shardwright.planner.groups import Groups
 from shardwright.planner.pipelines.owners import Owners, stage_segments, without_schedule
 from shardwright.planner.pipelines.wires import Wires
@@ -54,6 +55,8 @@ class SegmentCosts:
     weight_gradient: tuple[Work, ...]
     recompute: tuple[float, ...]
     """Seconds more of I when the segment's block is checkpointed; 0 for embedding and head."""
+    exchanged_again: tuple[ByAxis, ...]
+    """Of these, what is exchanged once more."""
     saved: tuple[int, ...]
     """Bytes from F to I with nothing checkpointed."""
     saved_inputs: tuple[int, ...]
@@ -86,16 +89,19 @@ def recomputed_segments(pipe: Pipe, stage: int, blocks: int) -> range:
 class PipelineCosts:
     """Costs of every pipeline of one job. Raises ValueError for a model without blocks, which cannot be cut."""
 
-    def __init__(self, job: JobSpec, profile: ModelProfile, groups: Groups | None = None) -> None:
+    def __init__(
+        self, job: JobSpec, profile: ModelProfile, groups: Groups | None = None, around: Around = ALONE
+    ) -> None:
         self.blocks = block_count(profile)
         if not self.blocks:
             raise ValueError("a model without repeated blocks cannot be cut into pipeline stages")
         self.owners, self._wires = Owners(groups or Groups(profile)), Wires(profile)
         self._cluster = cluster = job.cluster
+        wiring = Wiring.of(job, around)
         self._rate = memory_rate(cluster.device)
         self._efficiency = device_constants(cluster.device).links.value
         self._segments: Callable[[ComputeDtypeName, int], SegmentCosts] = lru_cache(maxsize=None)(
-            lambda dtype, micro_batch: segment_costs(profile, dtype, micro_batch, cluster.device)
+            lambda dtype, micro_batch: segment_costs(profile, dtype, micro_batch, cluster.device, wiring)
         )
         self._links: Callable[[int, int, int], LevelSpec | None] = lru_cache(maxsize=None)(
             lambda copies, one, other: slowest_link(cluster, copies, one, other)
@@ -200,11 +206,18 @@ def slowest_link(cluster: ClusterSpec, copies: int, one: int, other: int) -> Lev
     return slowest
 
 
-def segment_costs(profile: ModelProfile, dtype: ComputeDtypeName, micro_batch: int, device: DeviceSpec) -> SegmentCosts:
-    """Seconds as planner/compute.py has them, of the two halves of backward each on its own."""
+def segment_costs(
+    profile: ModelProfile,
+    dtype: ComputeDtypeName,
+    micro_batch: int,
+    device: DeviceSpec,
+    wiring: Wiring = UNWIRED,
+) -> SegmentCosts:
+    """Seconds as planner/compute.py has them, of the two halves of backward each on its own: all that is exchanged
+    belongs to F and I."""
     halves = [
-        model_work(_with_operators(profile, dtype, kept), dtype, micro_batch, device, hooked=False)
-        for kept in (lambda operator: not is_deferred(operator), is_deferred)
+        model_work(_half(profile, dtype, deferred), dtype, micro_batch, device, hooked=False, wiring=wiring)
+        for deferred in (False, True)
     ]
     units = [(unit, now, later) for unit, now, later in zip(profile.units, *halves, strict=True)]
     segments = [each for each in units for _ in range(each[0].count)]
@@ -214,6 +227,7 @@ def segment_costs(profile: ModelProfile, dtype: ComputeDtypeName, micro_batch: i
         input_gradient=tuple(now.backward for _, now, _ in segments),
         weight_gradient=tuple(later.backward for *_, later in segments),
         recompute=tuple(now.recompute if unit.kind == "block" else 0.0 for unit, now, _ in segments),
+        exchanged_again=tuple(now.exchanged_again if unit.kind == "block" else NOTHING for unit, now, _ in segments),
         saved=tuple(cost.saved["none"].at(micro_batch) for cost in costs),
         saved_inputs=tuple(cost.saved["full"].at(micro_batch) for cost in costs),
         held_by_weight=tuple(_held(cost, micro_batch) for cost in costs),
@@ -232,11 +246,14 @@ def _held(cost: UnitCost, micro_batch: int) -> int:
     return cost.held_by_weight.at(micro_batch) or cost.saved["none"].at(micro_batch)
 
 
-def _with_operators(profile: ModelProfile, dtype: ComputeDtypeName, kept: Callable[[Operator], bool]) -> ModelProfile:
+def _half(profile: ModelProfile, dtype: ComputeDtypeName, deferred: bool) -> ModelProfile:
+    """The model with only the operators that are deferred, or with all the others."""
+
     def of(unit: Unit) -> Unit:
         cost = unit.costs[dtype]
-        operators = tuple(operator for operator in cost.operators if kept(operator))
-        return replace(unit, costs={dtype: replace(cost, operators=operators)})
+        operators = tuple(operator for operator in cost.operators if is_deferred(operator) is deferred)
+        exchanges = () if deferred else cost.exchanges
+        return replace(unit, costs={dtype: replace(cost, operators=operators, exchanges=exchanges)})
 
     return replace(profile, units=tuple(map(of, profile.units)))
 

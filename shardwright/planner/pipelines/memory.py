@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from shardwright.planner.constants import device_budget
+from shardwright.planner.exchanges import ALONE, Around
 from shardwright.planner.flat import FlatAtRest
 from shardwright.planner.groups import Groups
 from shardwright.planner.memory import Phase, Reservation, phase_of
@@ -40,14 +41,21 @@ class PipelineMemory(Reservation):
     """Memory of every pipeline of one job."""
 
     def __init__(
-        self, job: JobSpec, profile: ModelProfile, groups: Groups, costs: PipelineCosts, schedules: Schedules
+        self,
+        job: JobSpec,
+        profile: ModelProfile,
+        groups: Groups,
+        costs: PipelineCosts,
+        schedules: Schedules,
+        around: Around = ALONE,
     ) -> None:
-        super().__init__(job, profile)
+        super().__init__(job, profile, around)
         self._costs, self._schedules = costs, schedules
         self._budget = device_budget(job.cluster, job.budget.device_memory)
         self._working_sets = WorkingSets(profile, groups)
+        whole = None if around.whole is None else Groups(around.whole)
         self._states: Callable[[Point, int], RankStates] = lru_cache(maxsize=100_000)(
-            lambda point, rank: rank_states(point, rank, job, costs.owners, groups)
+            lambda point, rank: rank_states(point, rank, job, costs.owners, groups, whole)
         )
         self._working: Callable[[Point, int, bool], dict[int, Working]] = lru_cache(maxsize=100_000)(
             self._working_of_rank
@@ -84,16 +92,14 @@ class PipelineMemory(Reservation):
         parameters of the rank there at once, and RECEIVED messages waiting over each edge."""
         states, pipe = self._states(_states_of(point), rank), pipe_of(point)
         working = self._working(_working_of(point), rank, pipe.schedule not in WHOLE_BACKWARD)
-        layout, sizes = point.chain, states.sizes
-        gathered = sum(sizes.whole) if layout.parameters else 0
-        reduced = sum(sizes.gradients) // layout.degree(layout.gradients) if layout.gradients else 0
-        written = max(sizes.gradients, default=0) if layout.sizes else 0
+        sizes = states.sizes
+        written = max(sizes.gradients, default=0) if point.axes else 0
         needs = max(max(each.forward, each.backward, each.weight).bytes for each in working.values())
         rest = (
             sum(states.fixed.values())
-            + gathered
+            + sizes.gathered
             + max(
-                sum(sizes.gradients) + (reduced if point.accumulation > 1 else 0) + written,
+                sum(sizes.gradients) + (sizes.reduced if point.accumulation > 1 else 0) + written,
                 sum(_kept(states).values()),
             )
             + needs

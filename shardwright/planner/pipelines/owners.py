@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
-from shardwright.planner.flat import PLAIN, Bucket, Chain, buckets
+from shardwright.planner.flat import PLAIN, Bucket, buckets
 from shardwright.planner.groups import Groups
+from shardwright.planner.parts import Part
 from shardwright.planner.space import Pipe
 from shardwright.schemas.job import OptimizerSpec
 from shardwright.schemas.profile import Parameter
@@ -31,6 +33,15 @@ class StateUnit:
     parameters: tuple[Parameter, ...]
     ranks: tuple[int, ...]
     """That have a copy each."""
+
+
+class _Users(NamedTuple):
+    """Who uses the parameters of a pipeline."""
+
+    stages: dict[str, tuple[int, ...]]
+    """Those that have a parameter, by its name."""
+    by_ranks: dict[tuple[int, ...], list[Parameter]]
+    """Parameters by the ranks of these stages, in the model's order."""
 
 
 def stage_segments(pipe: Pipe, stage: int, blocks: int) -> range:
@@ -67,13 +78,11 @@ class Owners:
         self.paths = groups.profile.block_paths
         known = any(parameter.segments for parameter in self.profile.parameters)
         self._segments = {each.name: each.segments for each in self.profile.parameters} if known else _usual(groups)
-        self._inside = [
-            frozenset(each.name for each in self.profile.parameters if _lies_in(each, path)) for path in self.paths
-        ]
+        self._inside = _inside(self.profile.parameters, self.paths)
         self._units: Callable[[Pipe, int], tuple[StateUnit, ...]] = lru_cache(maxsize=100_000)(
             lambda pipe, rank: tuple(self._of_rank(pipe, rank))
         )
-        self._users: Callable[[Pipe], dict[str, tuple[int, ...]]] = lru_cache(maxsize=10_000)(self._stages_of)
+        self._users: Callable[[Pipe], _Users] = lru_cache(maxsize=1_000)(self._users_of)
         self._trained: Callable[[range], int] = lru_cache(maxsize=100_000)(self._count_trained)
         self._buckets: Callable[..., tuple[Bucket, ...]] = lru_cache(maxsize=100_000)(buckets)
 
@@ -86,11 +95,12 @@ class Owners:
         return self._units(placed(pipe), rank)
 
     def flat(
-        self, pipe: Pipe, rank: int, layout: Chain, optimizer: OptimizerSpec = PLAIN
+        self, pipe: Pipe, rank: int, part: Part, optimizer: OptimizerSpec = PLAIN
     ) -> tuple[tuple[Bucket, ...], ...]:
-        """The flat buckets of each of these units; `optimizer` says which parameters are of one kind."""
+        """The flat buckets of a part of each of these units; `optimizer` says which parameters are of one kind."""
         plain = optimizer if optimizer.groups or optimizer.no_decay != "auto" else PLAIN
-        return tuple(self._buckets(unit.parameters, layout, plain) for unit in self.units(pipe, rank))
+        layout, units = part.point.chain, self.units(pipe, rank)
+        return tuple(self._buckets(tuple(filter(part.has, unit.parameters)), layout, plain) for unit in units)
 
     def _stages_of(self, pipe: Pipe) -> dict[str, tuple[int, ...]]:
         """Of each parameter the stages that have it."""
@@ -107,11 +117,18 @@ class Owners:
             for each in self.profile.parameters
         }
 
+    def _users_of(self, pipe: Pipe) -> _Users:
+        stages = self._stages_of(pipe)
+        by_ranks: dict[tuple[int, ...], list[Parameter]] = {}
+        for each in self.profile.parameters:
+            ranks = tuple(sorted({pipe.layout.place(stage)[0] for stage in stages[each.name]}))
+            by_ranks.setdefault(ranks, []).append(each)
+        return _Users(stages, by_ranks)
+
     def _of_rank(self, pipe: Pipe, rank: int) -> Iterator[StateUnit]:
-        users = self._users(pipe)
-        on = {name: tuple(sorted({pipe.layout.place(stage)[0] for stage in stages})) for name, stages in users.items()}
+        users, by_ranks = self._users(pipe)
         mine = [pipe.layout.stage(rank, chunk) for chunk in range(pipe.chunks)]
-        alone = [each for each in self.profile.parameters if on[each.name] == (rank,)]
+        alone = by_ranks.get((rank,), [])
         taken = set[str]()
 
         def unit(block: int, parameters: Sequence[Parameter], ranks: tuple[int, ...]) -> Iterator[StateUnit]:
@@ -126,8 +143,8 @@ class Owners:
                 yield from unit(block, [each for each in alone if each.name in self._inside[block]], (rank,))
         for stage in mine:
             yield from unit(-1, [each for each in alone if stage in users[each.name]], (rank,))
-        for ranks in sorted({ranks for ranks in on.values() if len(ranks) > 1 and rank in ranks}):
-            yield from unit(-1, [each for each in self.profile.parameters if on[each.name] == ranks], ranks)
+        for ranks in sorted(ranks for ranks in by_ranks if len(ranks) > 1 and rank in ranks):
+            yield from unit(-1, by_ranks[ranks], ranks)
 
     def _count_trained(self, segments: range) -> int:
         return sum(
@@ -137,8 +154,15 @@ class Owners:
         )
 
 
-def _lies_in(parameter: Parameter, path: str) -> bool:
-    return any(name.startswith(f"{path}.") for name in (parameter.name, *parameter.also))
+def _inside(parameters: Sequence[Parameter], paths: Sequence[str]) -> list[set[str]]:
+    """Of every path the names of the parameters that lie in it, by any of their names."""
+    inside: dict[str, set[str]] = {path: set() for path in paths}
+    for parameter in parameters:
+        for name in (parameter.name, *parameter.also):
+            for end, character in enumerate(name):
+                if character == "." and name[:end] in inside:
+                    inside[name[:end]].add(parameter.name)
+    return [inside[path] for path in paths]
 
 
 def _usual(groups: Groups) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Why a job that asks for pipeline stages gets none."""
+"""Why a job that asks for pipeline stages gets none ([Note: which pipelines there are])."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from shardwright.planner.pipelines.space import (
     job_schedules,
     numbers_of_ranks,
     permitted_cuts,
+    pipelines,
     placement_of,
     refused_cuts,
 )
@@ -23,12 +24,18 @@ from shardwright.schemas.profile import ModelProfile
 
 
 def no_pipeline(job: JobSpec, profile: ModelProfile) -> str:
-    """The reason, of the model or of a schedule that the job names; empty where neither is one."""
+    """The reason, of the model, of the degree of gradients or of a schedule that the job names; empty where none is."""
     if permits_no_pipeline(job) or job.cluster.world_size == 1:
         return ""
     if not numbers_of_ranks(without(job, *pins(job)), profile):
         return refused_cuts(profile) or "the model has no repeated blocks to cut it at"
+    if not _any_pipeline(job, profile) and _any_pipeline(without(job, "strategy.states.gradients"), profile):
+        return "the gradients of a pipeline are whole, or sharded as its optimizer states are, while they accumulate"
     return "; ".join(_reason(job, profile, SCHEDULES[name]) for name in job_schedules(job))
+
+
+def _any_pipeline(job: JobSpec, profile: ModelProfile) -> bool:
+    return next(pipelines(job, profile), None) is not None
 
 
 def _reason(job: JobSpec, profile: ModelProfile, family: Family) -> str:

@@ -1,11 +1,13 @@
 """Search of the pipelines: the fastest that fits, of all or of those that differ in one decision.
 
-[Note: four steps to a prediction]
+[Note: steps to a prediction]
 What a pipeline takes is found in steps, each dearer than the one before, and each with a bound that the next one does
-not go below: the work of all its segments shared equally by its ranks, and the update of its parameters; then, cut and
-with what it has to recompute, the work of its busiest rank; then its schedule, simulated without collectives; then the
-whole step. At every moment the one with the lowest bound goes a step further, until that one is predicted in full: it
-is the fastest. Pipelines are independent of each other, so what was found for one question is there for the next.
+not go below: the work of all its segments shared equally by its ranks; then what the pipeline takes that differs in its
+states alone, which are spread widest, so that it has most room and the least to recompute; then, cut and with what it
+has to recompute itself, the work of its busiest rank, and the update of its parameters; then its schedule, simulated
+without collectives; then the whole step. What does not fit with a smaller micro-batch does not with a larger one. At
+every moment the one with the lowest bound goes a step further, until that one is predicted in full: it is the fastest.
+Pipelines are independent of each other, so what was found for one question is there for the next.
 
 [Note: searched schedules]
 A schedule that is searched for takes seconds, so it is not made for every pipeline. The fastest pipelines under its
@@ -21,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from heapq import heapify, heappop, heapreplace
-from itertools import islice
+from itertools import islice, pairwise
 from math import inf
 
 from shardwright.planner.candidates import (
@@ -38,9 +40,10 @@ from shardwright.planner.pipelines.rooms import Rooms
 from shardwright.planner.pipelines.space import job_schedules, pipelines, placement_of
 from shardwright.planner.precisions import Precision
 from shardwright.planner.predict import Predictor
+from shardwright.planner.schedules.families.family import Family
 from shardwright.planner.schedules.simulator import rank_work
 from shardwright.planner.schedules.table import SCHEDULES
-from shardwright.planner.space import Point
+from shardwright.planner.space import Pipe, Point
 from shardwright.schemas.diagnostics import InputError
 from shardwright.schemas.job import ScheduleName
 
@@ -51,6 +54,10 @@ MOST_PASSES = 1024
 MOST_GAINED = 0.15
 """By how much a searched schedule may be shorter than its guide: guides that are further from what is asked for are not
 searched."""
+CUT_TOLERANCE = 0.005
+"""Cuts are found by a heuristic, so that more room may make one a little worse."""
+MOST_LOOSENED = 0.05
+"""By how much less a pipeline may take once its memory was measured, and less is recomputed where there is room."""
 TIED = 4
 """Of pipelines as fast as the fastest so many are looked at, for the one with least memory."""
 
@@ -65,7 +72,7 @@ GUIDES: dict[ScheduleName, tuple[ScheduleName, ...]] = {
 
 @dataclass(slots=True)
 class _Entry:
-    """A pipeline, and what has been found of it so far ([Note: four steps to a prediction])."""
+    """A pipeline, and what has been found of it so far ([Note: steps to a prediction])."""
 
     point: Point
     """As the space has it, uncut."""
@@ -81,16 +88,22 @@ class _Entry:
 
 
 class PipelineSearch:
-    """The pipelines of one job, every question about them answered as [Note: four steps to a prediction] says."""
+    """The pipelines of one job, every question about them answered as [Note: steps to a prediction] says."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
-        self._points = tuple(pipelines(predictor.job, predictor.profile))
-        self._entries = tuple(self._made_entries())
         self._results: dict[Point, Candidate | None] = {}
         self._fitted: dict[Point, Point | None] = {}
         """By the point without its axes, which make no difference but for padding."""
+        self._thriftiest: dict[Point, Point] = {}
+        """Of the points that differ in how their states are spread, the one with least on a device."""
+        self._smaller: dict[tuple[Point, int], Point] = {}
+        """Of every point but for its micro-batch, by that: the point with the next smaller one."""
         self._searches: list[Candidate] | None = None
+
+    @cached_property
+    def _points(self) -> tuple[Point, ...]:
+        return tuple(pipelines(self._predictor.job, self._predictor.profile, self._predictor.parallel))
 
     @property
     def considered(self) -> int:
@@ -110,6 +123,8 @@ class PipelineSearch:
     def best(self, where: Predicate, at_most: float = inf) -> Candidate | None:
         """The fastest that fits, of those that `where` picks and that take `at_most` so many seconds; of the searched
         ones, those that were thought worth it."""
+        if not any(map(where, self._points)):
+            return None
         found = [each for each in self._candidates(where, at_most) if each.seconds <= at_most]
         return best_first(found, self._predictor.device_budget)[0] if found else None
 
@@ -134,7 +149,7 @@ class PipelineSearch:
         """The fastest with a published schedule, those that tie with it, and those searched for."""
         found: list[Candidate] = []
         entries = [entry for entry in self._entries if entry.wanted and where(entry.point)]
-        for candidate in islice(self._ascending(entries, at_most), 1 + TIED):
+        for candidate in islice(self._ascending(entries, at_most * (1 + MOST_LOOSENED)), 1 + TIED):
             if found and candidate.seconds > found[0].seconds * (1 + TIE):
                 break
             found.append(candidate)
@@ -166,17 +181,27 @@ class PipelineSearch:
             else:
                 heapreplace(heap, (entry.bounds[level], level + 1, order))
 
-    def _fit(self, entry: _Entry) -> float:
+    def _fit_thriftiest(self, entry: _Entry) -> float:
         """The second step."""
-        alike = replace(entry.point, axes=())
-        if alike not in self._fitted:
-            self._fitted[alike] = self._fitting.fitted(entry.point)
-        fitted = self._fitted[alike]
+        fitted = self._fit_point(self._thriftiest[_any_states(entry.point)])
+        return inf if fitted is None else self._predictor.pipelines.time.shortest(fitted) * (1 - CUT_TOLERANCE)
+
+    def _fit(self, entry: _Entry) -> float:
+        """The third step."""
+        fitted = self._fit_point(entry.point)
         entry.fitted = None if fitted is None else replace(fitted, axes=entry.point.axes)
         return inf if entry.fitted is None else self._predictor.pipelines.time.least(entry.fitted)
 
+    def _fit_point(self, point: Point) -> Point | None:
+        alike = replace(point, axes=())
+        if alike not in self._fitted:
+            smaller = self._smaller.get((_any_size(point), point.micro_batch))
+            fits = smaller is None or self._fit_point(smaller) is not None
+            self._fitted[alike] = self._fitting.fitted(point) if fits else None
+        return self._fitted[alike]
+
     def _simulate(self, entry: _Entry) -> float:
-        """The third step."""
+        """The fourth step."""
         point = self._within_limits(entry)
         try:
             made = self._predictor.pipelines.schedules.made(point)
@@ -253,6 +278,12 @@ class PipelineSearch:
     def _rooms(self) -> Callable[[Point], tuple[int, ...]]:
         return Rooms(self._predictor.profile, self._predictor.pipelines.memory.room).of
 
+    @cached_property
+    def _entries(self) -> tuple[_Entry, ...]:
+        entries = tuple(self._made_entries())
+        self._relate(entries)
+        return entries
+
     def _made_entries(self) -> Iterator[_Entry]:
         """One for each point with a schedule that is made at once, and for each guide."""
         after: dict[Point, list[Point]] = {}
@@ -271,17 +302,38 @@ class PipelineSearch:
                 yield _Entry(point, order, wanted[point], [bound], after.get(point, []))
                 order += 1
 
+    def _relate(self, entries: Sequence[_Entry]) -> None:
+        sizes: dict[Point, dict[int, Point]] = {}
+        for point in (entry.point for entry in entries):
+            sizes.setdefault(_any_size(point), {}).setdefault(point.micro_batch, point)
+            least = self._thriftiest.setdefault(_any_states(point), point)
+            if self._state_bytes(point) < self._state_bytes(least):
+                self._thriftiest[_any_states(point)] = point
+        for kind, points in sizes.items():
+            self._smaller |= {(kind, larger): points[one] for one, larger in pairwise(sorted(points))}
+
+    def _state_bytes(self, point: Point) -> float:
+        return bytes_an_element(point, self._predictor.job)
+
     def _guides(self, point: Point) -> Iterator[Point]:
-        pipe = pipe_of(point)
-        passes = pipe.layout.stages * point.accumulation
-        if pipe.schedule not in job_schedules(self._predictor.job) and passes > MOST_PASSES:
-            return
-        for name in GUIDES[pipe.schedule]:
-            family = SCHEDULES[name]
-            placement = placement_of(family, pipe.chunks)
-            lies = family.allowed_chunks(pipe.chunks) and placement == pipe.placement
-            if lies and not family.refuses(pipe.layout, point.accumulation):
-                yield replace(point, pipe=replace(pipe, schedule=name))
+        for pipe in self._guide_pipes(pipe_of(point), point.accumulation):
+            yield replace(point, pipe=pipe)
+
+    @cached_property
+    def _guide_pipes(self) -> Callable[[Pipe, int], tuple[Pipe, ...]]:
+        named = job_schedules(self._predictor.job)
+
+        def lies(family: Family, pipe: Pipe) -> bool:
+            return family.allowed_chunks(pipe.chunks) and placement_of(family, pipe.chunks) == pipe.placement
+
+        def of(pipe: Pipe, accumulation: int) -> tuple[Pipe, ...]:
+            if pipe.schedule not in named and pipe.layout.stages * accumulation > MOST_PASSES:
+                return ()
+            families = [SCHEDULES[name] for name in GUIDES[pipe.schedule]]
+            able = [each for each in families if lies(each, pipe) and not each.refuses(pipe.layout, accumulation)]
+            return tuple(replace(pipe, schedule=family.name) for family in able)  # type: ignore[arg-type]
+
+        return cache(of)
 
     def _least(self, point: Point) -> float:
         """The first step: no pipeline of so many ranks takes less; inf where states alone do not fit."""
@@ -309,6 +361,7 @@ class PipelineSearch:
 
 
 _STEPS: tuple[Callable[[PipelineSearch, _Entry], float], ...] = (
+    PipelineSearch._fit_thriftiest,
     PipelineSearch._fit,
     PipelineSearch._simulate,
     PipelineSearch._predict,
@@ -317,8 +370,18 @@ _STEPS: tuple[Callable[[PipelineSearch, _Entry], float], ...] = (
 
 _LARGE = 2**40
 """Bytes of which the share that is reserved beyond them is well measured."""
-_WORK = 1
+_WORK = 2
 """Which bound is the work of the busiest rank."""
+
+
+def _any_states(point: Point) -> Point:
+    """The same for all points that differ in how their states are spread."""
+    return replace(point, axes=(), shard=1, gradient_degree=1, optimizer_degree=1)
+
+
+def _any_size(point: Point) -> Point:
+    """The same for all points that differ in their micro-batch."""
+    return replace(point, axes=(), micro_batch=0, accumulation=0)
 
 
 def limited(point: Point, rooms: Sequence[int]) -> Point:

@@ -17,6 +17,7 @@ from functools import cache
 
 from shardwright.planner.engines import ENGINES, EngineName
 from shardwright.planner.layouts import Layout, layouts, level_ends
+from shardwright.planner.parallel import WHOLE, Parallel
 from shardwright.planner.precisions import permitted_precisions
 from shardwright.planner.schedules.families.family import Family
 from shardwright.planner.schedules.table import SCHEDULES
@@ -39,7 +40,14 @@ MOST_PASSES = 2**15
 """Stages times micro-batches of the pipelines that are looked at where the job does not say how many devices they
 have: more make a timetable too long to be looked at in passing."""
 MOST_CHUNKS = 4
-"""Of the schedules that take many; more only where the job says so."""
+"""Of the schedules that take many; more only where the job says so, and in short steps."""
+MOST_IN_SHORT_STEPS = 8
+"""The same of SHORT_STEPS, where a rank has no more than SHORT micro-batches for each rank: there a bubble weighs most,
+and twice as many chunks halve it. Llama 3 was trained like that (arXiv 2407.21783, section 3.3.2)."""
+SHORT = 2
+"""As above."""
+SHORT_STEPS = ("interleaved-1f1b",)
+"""Schedules whose memory does not grow with the number of micro-batches, and whose bubble falls with the chunks."""
 
 
 def permitted_cuts(profile: ModelProfile) -> tuple[int, ...]:
@@ -70,7 +78,14 @@ def chunk_numbers(job: JobSpec, family: Family) -> tuple[int, ...]:
         return tuple(each for each in sorted(set(choice)) if family.allowed_chunks(each))
     if family.tries is not None or family.name in job_schedules(job):
         return tuple(each for each in range(1, MOST_CHUNKS + 1) if family.allowed_chunks(each))
-    return tuple(each for each in divisors(MOST_CHUNKS) if each >= family.chunks and family.allowed_chunks(each))
+    most = MOST_IN_SHORT_STEPS if family.name in SHORT_STEPS else MOST_CHUNKS
+    return tuple(each for each in divisors(most) if each >= family.chunks and family.allowed_chunks(each))
+
+
+def _is_long(job: JobSpec, pipe: Pipe, accumulation: int) -> bool:
+    """Whether a step has too many micro-batches for so many chunks."""
+    free = job.strategy.chunks == "auto" and pipe.schedule not in job_schedules(job)
+    return free and pipe.chunks > MOST_CHUNKS and accumulation > SHORT * pipe.ranks
 
 
 def job_schedules(job: JobSpec) -> tuple[ScheduleName, ...]:
@@ -112,14 +127,16 @@ def numbers_of_ranks(job: JobSpec, profile: ModelProfile) -> tuple[int, ...]:
     )
 
 
-def pipelines(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
+def pipelines(job: JobSpec, profile: ModelProfile, parallel: Parallel = WHOLE) -> Iterator[Point]:
     """Every permitted pipeline, uncut and with nothing recomputed, in a fixed order ([Note: which pipelines there
-    are]). Precisions that were not profiled are left out."""
+    are]). Precisions that were not profiled are left out. `job` and `profile` as `divided` makes them."""
     world, batch = job.cluster.world_size, job.train.global_batch_sequences
     most = len(permitted_cuts(profile)) + 1
     precisions = [each for each in permitted_precisions(job) if profiled(profile, each)]
     for ranks in numbers_of_ranks(job, profile):
         copies = world // ranks
+        if copies % parallel.cp or copies % parallel.ep:
+            continue
         pipes = [
             Pipe(
                 ranks=ranks,
@@ -135,17 +152,21 @@ def pipelines(job: JobSpec, profile: ModelProfile) -> Iterator[Point]:
             if ranks * chunks <= most
             for late in late_steps(job)
         ]
-        of_copies = cache(lambda accumulation, copies=copies: tuple(_layouts(job, copies, accumulation)))
+        of_copies = cache(lambda accumulation, copies=copies: tuple(_layouts(job, copies, accumulation, parallel)))
         for precision in precisions:
             for micro_batch in micro_batches(job, copies):
                 accumulation = batch // (copies * micro_batch)
                 for pipe in pipes:
                     too_long = pipe.layout.stages * accumulation > MOST_PASSES and job.strategy.pp == "auto"
-                    if too_long or family_of(pipe).refuses(pipe.layout, accumulation):
+                    if (
+                        too_long
+                        or _is_long(job, pipe, accumulation)
+                        or family_of(pipe).refuses(pipe.layout, accumulation)
+                    ):
                         continue
                     for layout in of_copies(min(accumulation, 2)):
                         if layout.parameters == 1 or _may_gather(job, pipe):
-                            yield laid_out(ENGINE, world, layout, micro_batch, accumulation, precision, pipe)
+                            yield laid_out(ENGINE, world, layout, micro_batch, accumulation, precision, parallel, pipe)
 
 
 def _may_gather(job: JobSpec, pipe: Pipe) -> bool:
@@ -155,12 +176,12 @@ def _may_gather(job: JobSpec, pipe: Pipe) -> bool:
     )
 
 
-def _layouts(job: JobSpec, copies: int, accumulation: int) -> Iterator[Layout]:
+def _layouts(job: JobSpec, copies: int, accumulation: int, parallel: Parallel) -> Iterator[Layout]:
     """Of the states among the copies ([Note: which pipelines there are])."""
     cluster = copies_cluster(job.cluster, copies)
     whole = level_ends(tuple(level.size for level in cluster.levels))
     pinned = job.strategy.states.optimizer_states != "auto"
-    for layout in layouts(job.model_copy(update={"cluster": cluster}), ENGINES[ENGINE], accumulation):
+    for layout in layouts(job.model_copy(update={"cluster": cluster}), ENGINES[ENGINE], accumulation, parallel.ep):
         if layout.quantized or layout.secondary is not None or layout.kept:
             continue
         if layout.gradients not in (1, layout.optimizer_states) or layout.gradients < layout.parameters:

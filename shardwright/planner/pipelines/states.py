@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwright.planner import flat
-from shardwright.planner.flat import Bucket, FlatAtRest
+from shardwright.planner.flat import FlatAtRest
 from shardwright.planner.flat_chains import FlatPublishing
 from shardwright.planner.groups import Groups
+from shardwright.planner.model_states import ChainedUnit, in_order
 from shardwright.planner.optimizers import OPTIMIZERS
-from shardwright.planner.pipelines.buffers import UnitSizes, building
+from shardwright.planner.parts import parts_of
+from shardwright.planner.pipelines.buffers import RankSizes, UnitSizes, building
 from shardwright.planner.pipelines.costs import pipe_of
 from shardwright.planner.pipelines.owners import Owners
 from shardwright.planner.precisions import MASTER_BYTES, PRECISIONS
@@ -25,7 +27,7 @@ from shardwright.schemas.job import JobSpec, TrainSpec
 class RankStates:
     """The model states of one rank, whatever its schedule."""
 
-    sizes: UnitSizes
+    sizes: RankSizes
     at_rest: FlatAtRest
     fixed: dict[str, int]
     """Bytes by category through every phase of every step but the first."""
@@ -38,27 +40,42 @@ class RankStates:
     nothing is kept (`kept_bytes` of the runtime's late.py)."""
 
 
-def rank_states(point: Point, rank: int, job: JobSpec, owners: Owners, groups: Groups) -> RankStates:
-    """The states of a rank; of the point's pipeline only the stages matter."""
-    pipe, layout = pipe_of(point), point.chain
+def rank_states(
+    point: Point, rank: int, job: JobSpec, owners: Owners, groups: Groups, whole: Groups | None = None
+) -> RankStates:
+    """The states of a rank; of the point's pipeline only the stages matter. `whole`: the model before its tensors were
+    divided, where they are."""
+    pipe = pipe_of(point)
     element = PRECISIONS[point.precision].compute_bytes
-    units, buckets = owners.units(pipe, rank), owners.flat(pipe, rank, layout)
-    sizes = UnitSizes([unit.stages for unit in units], buckets, element)
-    held = flat.at_rest(layout, owners.flat(pipe, rank, layout, job.train.optimizer), element, 0)
-    blocks = [of for unit, of in zip(units, buckets, strict=True) if unit.block >= 0]
+    units, parts = owners.units(pipe, rank), parts_of(point)
+    stages = [unit.stages for unit in units]
+    buckets = [owners.flat(pipe, rank, part) for part in parts]
+    sizes = [UnitSizes(stages, of_part, element) for of_part in buckets]
+    held = [
+        flat.at_rest(part.point.chain, owners.flat(pipe, rank, part, job.train.optimizer), element, 0) for part in parts
+    ]
+    chained = [in_order([part.point.chain for part in parts], of_unit) for of_unit in zip(*buckets, strict=True)]
+    blocks = [of for unit, of in zip(units, chained, strict=True) if unit.block >= 0]
+    everything = _sum(held)
     return RankStates(
-        sizes=sizes,
-        at_rest=held,
+        sizes=RankSizes(list(zip(parts, sizes, strict=True))),
+        at_rest=everything,
         fixed={
-            "parameters": held.parameters,
-            "optimizer_states": optimizer_bytes(job.train, held),
+            "parameters": everything.parameters,
+            "optimizer_states": optimizer_bytes(job.train, everything),
             "inputs": groups.profile.input_bytes.at(point.micro_batch) * point.accumulation,
             "buffers": groups.profile.buffer_bytes,
         },
-        initialise=_initialise(point, job, groups, blocks, buckets[len(blocks) :]),
-        publication=FlatPublishing(layout, sizes.trained, element).worst,
-        kept=_kept(job.train, held) if pipe.late_step and job.train.optimizer.clip_grad_norm is not None else 0,
+        initialise=_initialise(element, job, groups, blocks, chained[len(blocks) :], whole),
+        publication=sum(
+            FlatPublishing(part.point.chain, of.trained, element).worst for part, of in zip(parts, sizes, strict=True)
+        ),
+        kept=_kept(job.train, everything) if pipe.late_step and job.train.optimizer.clip_grad_norm is not None else 0,
     )
+
+
+def _sum(held: Sequence[FlatAtRest]) -> FlatAtRest:
+    return FlatAtRest(*(sum(getattr(each, name) for each in held) for name in FlatAtRest.__slots__))
 
 
 def _kept(train: TrainSpec, held: FlatAtRest) -> int:
@@ -71,21 +88,27 @@ def optimizer_bytes(train: TrainSpec, held: FlatAtRest) -> int:
 
 
 def _initialise(
-    point: Point,
+    element: int,
     job: JobSpec,
     groups: Groups,
-    blocks: Sequence[tuple[Bucket, ...]],
-    rest: Sequence[tuple[Bucket, ...]],
+    blocks: Sequence[ChainedUnit],
+    rest: Sequence[ChainedUnit],
+    whole: Groups | None,
 ) -> tuple[int, int]:
     """The blocks of the rank first, one after the other; then all that lies outside of blocks has memory, also what
-    other ranks have."""
-    layout, element = point.chain, PRECISIONS[point.precision].compute_bytes
+    other ranks have. Where tensors are divided, a block, or all that lies outside, is whole first."""
     outside = sum(parameter.numel for parameter in groups.root)
-    whole = groups.profile.init == "constructor" and job.cluster.device.kind == "cpu"
-    everything = groups.profile.numel if whole else 0
-    padded = sum(bucket.padded for of in blocks for bucket in of)
-    masters = 0 if element == MASTER_BYTES else MASTER_BYTES * padded // layout.degree(layout.optimizer_states)
-    first = building(blocks, 0, layout, element, everything)
-    parameters, made = building(rest, outside, layout, element, everything)
-    last = parameters + element * padded // layout.degree(layout.parameters), made + masters
-    return max(first, last, key=sum)
+    starts_whole = groups.profile.init == "constructor" and job.cluster.device.kind == "cpu"
+    everything = groups.profile.numel if starts_whole else 0
+    master = 0 if element == MASTER_BYTES else MASTER_BYTES
+    masters = sum(
+        master * bucket.padded // layout.degree(layout.optimizer_states) for of in blocks for bucket, layout in of
+    )
+    at_rest = sum(element * bucket.padded // layout.degree(layout.parameters) for of in blocks for bucket, layout in of)
+    first = building(blocks, 0, element, everything)
+    parameters, made = building(rest, outside, element, everything)
+    moments = [first, (parameters + at_rest, made + masters)]
+    if whole is not None and whole.numel > groups.numel:
+        largest = MASTER_BYTES * whole.largest
+        moments.append((MASTER_BYTES * whole.numel, 0) if starts_whole else (at_rest + largest, masters))
+    return max(moments, key=sum)

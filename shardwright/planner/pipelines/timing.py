@@ -17,11 +17,13 @@ from functools import lru_cache
 from shardwright.planner.collectives import COUNTS_BYTES, LOSS_BYTES
 from shardwright.planner.compute import KINDS, memory_rate
 from shardwright.planner.constants import device_constants
+from shardwright.planner.exchanges import ALONE, Around
 from shardwright.planner.flat import trained_elements
-from shardwright.planner.flat_timing import FlatTime
+from shardwright.planner.flat_timing import FlatTime, joined
 from shardwright.planner.groups import Groups
 from shardwright.planner.network import CollectiveKind, Links, collective_seconds
 from shardwright.planner.optimizers import OPTIMIZERS
+from shardwright.planner.parts import Part, parts_of, spans_world
 from shardwright.planner.pipelines.costs import PipelineCosts, pipe_of, recomputed_segments
 from shardwright.planner.pipelines.owners import stage_segments
 from shardwright.planner.pipelines.run import PipelineRun, RankLoad
@@ -31,7 +33,7 @@ from shardwright.planner.schedules.bounds import lower_bound
 from shardwright.planner.schedules.problem import TOLERANCE
 from shardwright.planner.schedules.simulator import rank_work, steady_period
 from shardwright.planner.space import Point, axis_links, spanned_levels
-from shardwright.planner.timing import Step
+from shardwright.planner.timing import Step, exchange_parts, load_seconds, times, world_links
 from shardwright.schemas.job import JobSpec
 from shardwright.schemas.plan import TimePart
 
@@ -39,8 +41,10 @@ from shardwright.schemas.plan import TimePart
 class PipelineTime:
     """Step time of every pipeline of one job."""
 
-    def __init__(self, job: JobSpec, groups: Groups, costs: PipelineCosts, schedules: Schedules) -> None:
-        self._job, self._costs, self._schedules = job, costs, schedules
+    def __init__(
+        self, job: JobSpec, groups: Groups, costs: PipelineCosts, schedules: Schedules, around: Around = ALONE
+    ) -> None:
+        self._job, self._costs, self._schedules, self._around = job, costs, schedules, around
         self._constants = device_constants(job.cluster.device)
         self._rate = memory_rate(job.cluster.device)
         self._flat = FlatTime(job.cluster, groups)
@@ -60,6 +64,10 @@ class PipelineTime:
         """A lower bound of the step, whatever its schedule: what no schedule of these stages is shorter than, however
         much memory it may take, and what follows the pipeline."""
         return self._bounds(point) + sum(seconds for _, seconds, _ in self._tail(point))
+
+    def shortest(self, point: Point) -> float:
+        """Of that, what no schedule of these stages is shorter than."""
+        return self._bounds(point)
 
     def period(self, point: Point) -> float:
         """From one iteration to the next, without collectives and what follows it: the makespan, unless steps are late
@@ -123,7 +131,12 @@ class PipelineTime:
                 parts.append(TimePart(name=f"{name} {kind}", seconds=seconds))
             launch = point.accumulation * sum(work.launch for work in works)
             parts.append(TimePart(name=f"{name} launch", seconds=launch, note="kernels wait for the host"))
-        again = sum(of.recompute[segment] for stage in stages for segment in recomputed_segments(pipe, stage, count))
+        repeated = [segment for stage in stages for segment in recomputed_segments(pipe, stage, count)]
+        again = sum(of.recompute[segment] - sum(of.exchanged_again[segment]) for segment in repeated)
+        exchanged = [
+            *(work.exchanges for works in passes.values() for work in works),
+            *(of.exchanged_again[segment] for segment in repeated),
+        ]
         copied = point.accumulation * sum(self._costs.gradient_copies(point, stage) for stage in stages) + copies
         return [
             *parts,
@@ -133,13 +146,20 @@ class PipelineTime:
             TimePart(
                 name="parameter and gradient copies", seconds=copied, note="in and out of the collectives' buffers"
             ),
+            *exchange_parts(times(point.accumulation, seconds) for seconds in exchanged),
         ]
 
     def _communications(self, point: Point, rank: int) -> RankLoad:
         units = self._costs.owners.units(pipe_of(point), rank)
-        buckets = self._costs.owners.flat(pipe_of(point), rank, point.chain)
+        made = [
+            [
+                self._flat.communication(part, of, point.axes)
+                for of in self._costs.owners.flat(pipe_of(point), rank, part)
+            ]
+            for part in parts_of(point)
+        ]
         return RankLoad(
-            [self._flat.communication(point, of) for of in buckets],
+            [joined(of_unit) for of_unit in zip(*made, strict=True)],
             [unit.stages for unit in units],
             adds=point.gradient_degree > 1,
         )
@@ -164,16 +184,19 @@ class PipelineTime:
 
     def _own(self, point: Point, rank: int) -> int:
         """Elements that the optimizer of one process works on, padding included."""
-        units = self._costs.owners.flat(pipe_of(point), rank, point.chain)
-        return sum(map(trained_elements, units)) // point.optimizer_degree
+        return sum(self._own_of(part, rank) for part in parts_of(point))
+
+    def _own_of(self, part: Part, rank: int) -> int:
+        units = self._costs.owners.flat(pipe_of(part.point), rank, part)
+        return sum(map(trained_elements, units)) // part.point.optimizer_degree
 
     def _ties(self, point: Point) -> float:
         """One all-reduce of a process's part of the gradients for every set of ranks that have parameters in common,
-        at most as many of them one after the other as a rank takes part in."""
+        none of them experts, at most as many of them one after the other as a rank takes part in."""
         pipe, slowest = pipe_of(point), 0.0
         for rank in range(pipe.ranks):
             units = self._costs.owners.units(pipe, rank)
-            buckets = self._costs.owners.flat(pipe, rank, point.chain)
+            buckets = self._costs.owners.flat(pipe, rank, parts_of(point)[0])
             seconds = 0.0
             for unit, of in zip(units, buckets, strict=True):
                 if len(unit.ranks) > 1:
@@ -190,10 +213,12 @@ class PipelineTime:
     def _norm(self, point: Point, own: int) -> float:
         late = pipe_of(point).late_step
         scales = self._job.train.optimizer.clip_grad_norm is not None and not late
-        axes = [
+        axes: list[Links] = [
             *axis_links(self._job.cluster, point.axes)[: point.chain.optimizer_states],
             *([] if late else [spanned_levels(self._job.cluster, point.copies, pipe_of(point).ranks)]),
         ]
+        if spans_world(point):  # of a late step nobody waits for it
+            axes = [] if late else [world_links(self._job.cluster, point, self._around)]
         sums = sum(self._seconds("all_reduce", links, MASTER_BYTES) for links in axes)
         return MASTER_BYTES * own * (3 if scales else 1) / self._rate + sums
 
@@ -206,10 +231,14 @@ class PipelineTime:
         return 2 * kept / self._rate
 
     def _metrics(self, point: Point) -> float:
+        load = load_seconds(point, self._costs.owners.profile, self._around, self._constants.links.value)
+        return self._sums(point) + load
+
+    def _sums(self, point: Point) -> float:
         if pipe_of(point).late_step:  # learnt targets, among those that have the same stages
             axes = axis_links(self._job.cluster, point.axes)
             return sum(self._seconds("all_reduce", links, LOSS_BYTES) for links in axes)
-        world = spanned_levels(self._job.cluster, 1, point.world)
+        world = world_links(self._job.cluster, point, self._around)
         return sum(self._seconds("all_reduce", world, size) for size in (COUNTS_BYTES, LOSS_BYTES))
 
     def _seconds(self, kind: CollectiveKind, links: Links, size: int) -> float:

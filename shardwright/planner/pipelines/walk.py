@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from shardwright.planner.pipelines.buffers import Gathered, Gradients, UnitSizes
+from shardwright.planner.pipelines.buffers import RankGathered, RankGradients, RankSizes
 from shardwright.planner.pipelines.costs import pipe_of
 from shardwright.planner.pipelines.working import Need, Working
 from shardwright.planner.precisions import PRECISIONS
@@ -31,7 +31,7 @@ class Walk:
     def __init__(
         self,
         point: Point,
-        sizes: UnitSizes,
+        sizes: RankSizes,
         working: Mapping[int, Working],
         costs: Costs,
         messages: Mapping[tuple[int, int], int],
@@ -43,8 +43,8 @@ class Walk:
         self._working, self._costs, self._messages, self._program = working, costs, messages, program
         self._checkpointed = pipe_of(point).checkpointed
         element = PRECISIONS[point.precision].compute_bytes
-        self._gradients = Gradients(sizes, point.chain, point.int4_reductions, program)
-        self._gathered = Gathered(sizes, point.chain, element, point.int8_gathers)
+        self._gradients = RankGradients(sizes, program)
+        self._gathered = RankGathered(sizes, element)
         self._activations = 0
         self._values: dict[tuple[str, int, int, int], int] = {}
         """Messages, by what they are, from where to where, and the micro-batch."""

@@ -337,3 +337,9 @@ def test_held_bytes_of_weights_need_room() -> None:
 def test_a_schedule_that_the_job_names_and_cannot_have_says_why(strategy: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         planned(toy_job(4 if strategy["pp"] == 4 else 2, **strategy))
+
+
+def test_gradients_that_no_pipeline_accumulates_so_say_why() -> None:
+    states = {"parameters": 1, "gradients": 2, "optimizer_states": 4}
+    with pytest.raises(InputError, match="gradients of a pipeline are whole, or sharded as its optimizer states are"):
+        planned(toy_job(8, batch=16, pp=2, states=states, micro_batch=1))
