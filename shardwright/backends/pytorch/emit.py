@@ -14,6 +14,7 @@ from shardwright.backends.emission import Emission
 from shardwright.backends.pytorch.engines import ENGINES, micro_batch_flags
 from shardwright.backends.pytorch.headline import closing_lines, headline, launch_lines, plan_lines
 from shardwright.backends.pytorch.imports import KNOWN, Import, imports_for
+from shardwright.backends.pytorch.parallel import parallel_context
 from shardwright.backends.pytorch.pipelines import PROGRAM, pipeline_context, programs
 from shardwright.backends.pytorch.plan_constants import plan_constants
 from shardwright.backends.pytorch.recipes import COMPUTE_DTYPES, OPTIMIZER_CONSTANTS, PRECISION_POLICIES, recipe_context
@@ -169,7 +170,9 @@ def _context(
     pipelined = decision.pipeline.schedule != "none"
     checkpoints_some = 0 < checkpointing.blocks < checkpointing.of and not pipelined
     initializes = plan.model.init == "modules" and job.model.weights == "random"
-    needs_blocks = engine.shards_blocks or initializes or checkpointing.blocks > 0
+    grouped = engine.grouped or world > 1
+    parallel = parallel_context(plan)
+    needs_blocks = engine.shards_blocks or initializes or checkpointing.blocks > 0 or parallel["divides_sequence"]
     context: dict[str, Any] = {
         "plan": plan,
         "job": job,
@@ -179,7 +182,8 @@ def _context(
         "world": world,
         "nodes": nodes,
         "per_node": world // nodes,
-        "grouped": engine.grouped,
+        "grouped": grouped,
+        "needs_mesh": engine.shards_blocks,
         "flat": ENGINE_TRAITS[decision.engine.name].flat,
         "init": plan.model.init,
         "initializes": initializes,
@@ -209,9 +213,10 @@ def _context(
         "predicted_peak_bytes": plan.prediction.memory.peak_allocated_bytes,
         "slurm_name": re.sub(r"[^A-Za-z0-9_.-]+", "-", plan.model.name)[:64] or "train",
         "headline": headline(plan),
-        "launch_lines": launch_lines(plan, nodes, engine.grouped),
+        "launch_lines": launch_lines(plan, nodes, grouped),
         "plan_lines": plan_lines(plan),
         "closing_lines": closing_lines(plan, plan.model.local_sources),
+        **parallel,
         **recipe_context(train),
         **_data(plan, job_folder, out),
         **weights_context(plan, job_folder, out),

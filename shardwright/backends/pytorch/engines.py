@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
+from shardwright.backends.pytorch.parallel_constants import data_processes
 from shardwright.backends.pytorch.text import assignment
 from shardwright.planner.engines import DDP_BUCKET_CAP_MIB
 from shardwright.planner.schedules.timetable import Layout
@@ -72,17 +73,20 @@ def pipeline_constants(decision: Decision) -> str:
         assignment("STAGE_RANKS", ranks, "of each stage of the model, its place on the axis pp"),
         assignment("STAGE_CUTS", pipeline.cuts, "of each stage but the last, how many of BLOCKS lie before its end"),
     ]
-    copies = decision.mesh.world_size // pipeline.ranks
+    copies = data_processes(decision)
     if copies > 1:
-        lines.append(assignment("COPIES", copies, "processes that have the same stages, each with its own samples"))
+        own = ", each with its own samples" if decision.context_parallel.degree == 1 else ""
+        parts = " and parts of layers" if decision.tensor_parallel.degree > 1 else ""
+        lines.append(assignment("COPIES", copies, f"processes that have the same stages{parts}{own}"))
     return "\n".join(lines)
 
 
 def _states(decision: Decision) -> str:
     """The mesh, over how many neighbouring devices one copy of each state is spread, and what travels in fewer bits."""
     states = decision.states
+    of = "dp ones" if decision.tensor_parallel.degree > 1 else "ones"
     lines = [
-        _mesh(decision, "slowest first; each number of shards is a product of the last ones"),
+        _mesh(decision, f"slowest first; each number of shards is a product of the last {of}"),
         assignment("PARAMETER_SHARDS", states.parameters.degree, "devices that share one copy of the parameters"),
         assignment("GRADIENT_SHARDS", states.gradients.degree, "of the gradients, from one micro-batch to the next"),
         assignment("OPTIMIZER_SHARDS", states.optimizer_states.degree, "of the optimizer's states and its fp32 values"),
@@ -99,12 +103,18 @@ def _states(decision: Decision) -> str:
 
 
 def _bucket(decision: Decision) -> str:
-    return assignment("BUCKET_MIB", DDP_BUCKET_CAP_MIB, "gradients are all-reduced in buckets of this size")
+    bucket = assignment("BUCKET_MIB", DDP_BUCKET_CAP_MIB, "gradients are all-reduced in buckets of this size")
+    return "\n".join([*_single(decision).splitlines(), bucket])
+
+
+def _single(decision: Decision) -> str:
+    """The mesh, where layers are divided; else there is none."""
+    return _mesh(decision) if decision.tensor_parallel.degree > 1 else ""
 
 
 ENGINES: Mapping[str, EngineEmitter] = MappingProxyType(
     {
-        "single": EngineEmitter(grouped=False, constants=lambda decision: "", shards_blocks=False),
+        "single": EngineEmitter(grouped=False, constants=_single, shards_blocks=False),
         "ddp": EngineEmitter(grouped=True, constants=_bucket, shards_blocks=False),
         "fsdp2": EngineEmitter(grouped=True, constants=_mesh, shards_blocks=True),
         "amsp": EngineEmitter(grouped=True, constants=_states, shards_blocks=True),

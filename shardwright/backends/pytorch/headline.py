@@ -80,7 +80,8 @@ def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
     )
     second = "" if states.secondary is None else f"parameters /{states.secondary.degree}, for backward"
     gathers, reductions = decision.communication.int8_gathers, decision.communication.int4_reductions
-    copies = mesh.world_size // pipeline.ranks
+    tensor, context, experts = decision.tensor_parallel, decision.context_parallel, decision.expert_parallel
+    copies = mesh.world_size // (pipeline.ranks * tensor.degree * context.degree)
     batch = f"{global_batch} = {copies} x {decision.micro_batch} x {decision.accumulation} micro-batches"
     stages = f"{pipeline.schedule}, {len(pipeline.cuts) + 1} stages{', late step' * pipeline.late_step}"
     whole = "whole on every process of a stage" if pipelined else "every process holds all states"
@@ -88,6 +89,9 @@ def _decided(decision: Decision, global_batch: int) -> list[tuple[str, str]]:
         ("engine", f"{decision.engine.name}{kept}"),
         ("mesh", axes),
         *([("pipeline", stages)] if pipelined else []),
+        *([("tensors", f"/{tensor.degree}{', the sequence too' * tensor.sequence}")] if tensor.degree > 1 else []),
+        *([("sequences", f"/{context.degree}, {context.method}")] if context.degree > 1 else []),
+        *([("experts", f"/{experts.degree}")] if experts.degree > 1 else []),
         ("shards", degrees if states.optimizer_states.degree > 1 else f"none: {whole}"),
         *([("second copy", second)] if second else []),
         *([("int8", f"gathers over {', '.join(gathers)}")] if gathers else []),

@@ -51,14 +51,11 @@ def programs(plan: Plan) -> tuple[Program, ...]:
 
 
 def pipeline_context(plan: Plan, lowered: Sequence[Program]) -> dict[str, Any]:
-    """What the templates look up of a pipeline. `copies`: processes that read samples of their own; `place`: the name
-    of a process's rank along the pipeline; `defers`: whether weight gradients come late; `late`: whether steps do."""
-    copies = plan.decision.mesh.world_size // plan.decision.pipeline.ranks
+    """What the templates look up of a pipeline. `defers`: whether weight gradients come late; `late`: whether steps
+    do."""
     on_device = "[to_device(batch, device) for batch in micro_batches]"
     return {
         "pipelined": bool(lowered),
-        "copies": copies,
-        "place": "place" if copies > 1 else "rank",
         "defers": any(step.kind == "W" for program in lowered for step in program),
         "late": plan.decision.pipeline.late_step,
         "micro_batches_on_device": on_device if plan.job.cluster.device.kind == "cuda" else "micro_batches",

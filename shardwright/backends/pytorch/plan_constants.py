@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardwright.backends.pytorch.engines import ENGINES, pipeline_constants
+from shardwright.backends.pytorch.parallel_constants import parallel_constants
 from shardwright.backends.pytorch.text import assignment, comment_lines
 from shardwright.planner.engines import ENGINES as ENGINE_TRAITS
 from shardwright.schemas.plan import Decision, Plan
@@ -28,10 +29,11 @@ def plan_constants(plan: Plan, needs_blocks: bool, checkpoints_some: bool) -> st
     if any(pipeline.checkpointed):
         comment = "of each stage, so many of its first blocks are recomputed in backward"
         blocks += "\n" + assignment("CHECKPOINTED", pipeline.checkpointed, comment)
-    sections = {
+    sections: dict[tuple[str, ...], str] = {
         ("mesh",): assignment("WORLD_SIZE", decision.mesh.world_size, "processes, one a device"),
         ("engine.name", "states", "communication", "precision"): ENGINES[decision.engine.name].constants(decision),
         ("pipeline",): stages,
+        **{(key,): text for key, text in parallel_constants(plan).items()},
         ("engine.reshard_after_forward",): reshard,
         ("micro_batch",): assignment("MICRO_BATCH", decision.micro_batch, "samples of one forward on one device"),
         ("accumulation",): accumulation,

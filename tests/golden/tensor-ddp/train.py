@@ -1,0 +1,241 @@
+"""Train tiny on 4 x test cpu: ddp x 2, tp 2.
+
+    ./launch.sh             # start: checkpoints and metrics.jsonl go to ./out
+    ./launch.sh --resume    # go on from the newest checkpoint there
+
+Plan (plan.json)                                              Predicted
+  engine        ddp                                           step time    12.3 ms
+  mesh          dp_replicate 2 x tp 2                         tokens/s     12.3 k
+  tensors       /2                                            MFU          42.0%
+  shards        none: every process holds all states          allocated    1 MiB
+  batch         48 = 2 x 12 x 2 micro-batches                 reserved     2 MiB of 8 GiB
+  precision     float32 throughout                            most time    compute (10 ms)
+  recomputed    0 of 12 blocks
+
+Compiled by shardwright from ../job.yaml. The file is yours to read and change: it needs torch, transformers, and
+beside it shardwright_runtime/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, GPT2LMHeadModel
+
+from shardwright_runtime.checkpoint import Checkpoints, TrainState
+from shardwright_runtime.data import Batch, Batches, byte_files, learnt_targets
+from shardwright_runtime.divided_holder import DividedHolder
+from shardwright_runtime.initialize import initialize, parameters_on_meta
+from shardwright_runtime.losses import next_token_loss
+from shardwright_runtime.session import MetricsLog, Signals, process_group, seed_for
+from shardwright_runtime.shares import divided_gradient_norm
+from shardwright_runtime.tensor_parallel import Column, Region, Row, Vocabulary, matching
+from shardwright_runtime.tensor_parallel_loss import divide_cross_entropy
+
+HERE = Path(__file__).resolve().parent
+
+# The job. These hold for every plan.
+DATA_ROOT = ".."  # from this file; relative paths of data start there
+TRAIN_FILES = ("corpus.txt",)
+SEQUENCE_LENGTH = 12  # tokens of one sample
+GLOBAL_BATCH = 48  # samples of one optimizer step, all processes together
+TOTAL_STEPS = 4  # optimizer steps; the learning rate is planned over them
+SEED = 0  # of weights, batches and dropout
+LEARNING_RATE = 0.01  # the highest
+WARMUP_STEPS = 2  # of rising learning rate
+FINAL_RATIO = 0.1  # of LEARNING_RATE, at the last step
+BETAS = (0.9, 0.95)
+EPSILON = 1e-08
+WEIGHT_DECAY = 0.1  # of matrices
+CLIP_GRAD_NORM = 1.0  # highest L2 norm of the whole gradient
+KEEP_CHECKPOINTS = 2  # newest ones; older ones are removed
+
+# The plan. To change it, edit `decision` in plan.json and compile that file: it is checked and predicted again.
+WORLD_SIZE = 4  # processes, one a device
+MESH_SHAPE = (2, 2)
+MESH_AXES = ("dp_replicate", "tp")
+BUCKET_MIB = 64  # gradients are all-reduced in buckets of this size
+TENSOR_RANKS = 2  # neighbouring processes that share every layer
+COPIES = 2  # processes that have the same part of every layer, each with its own samples
+# Of the modules that each pattern names: how their parameters are divided, and what enters and leaves there.
+TENSOR_PARALLEL: dict[str, ParallelStyle] = {
+    "transformer.wte": Vocabulary(dims={"weight": 0}),
+    "transformer.h.*.attn": Region(attributes=("embed_dim", "num_heads", "split_size"), units=4),
+    "transformer.h.*.attn.c_attn": Column(
+        dims={"bias": 0, "weight": 1}, units=4, parts={"bias": (64, 64, 64), "weight": (64, 64, 64)}
+    ),
+    "transformer.h.*.attn.c_proj": Row(dims={"weight": 0}, units=4),
+    "transformer.h.*.mlp.c_fc": Column(enters=True, dims={"bias": 0, "weight": 1}, units=256),
+    "transformer.h.*.mlp.c_proj": Row(dims={"weight": 0}, units=256),
+    "lm_head": Column(enters=True, dims={"weight": 0}),
+}
+HEAD = "lm_head"  # the module that makes the logits, which are never whole
+MICRO_BATCH = 12  # samples of one forward on one device
+ACCUMULATION = 2  # micro-batches of one step on one device
+BLOCKS = [f"transformer.h.{index}" for index in range(12)]  # the repeated blocks, in order
+PREDICTED_STEP_S = 0.01235  # seconds
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags for what does not change the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="folder of checkpoints and metrics")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--steps", type=int, default=TOTAL_STEPS, help="stop after this step")
+    parser.add_argument("--data", type=Path, default=HERE / DATA_ROOT, help="where relative paths of data start")
+    return parser.parse_args(argv)
+
+
+def build_model(device: torch.device, mesh: DeviceMesh) -> nn.Module:
+    """The model with its initial weights, one block at a time, the same for every plan."""
+    config = AutoConfig.from_pretrained(HERE / "model_config.json", use_cache=False)
+    with parameters_on_meta():
+        model: nn.Module = GPT2LMHeadModel(config)
+    parallelize_module(model, mesh["tp"], matching(model, TENSOR_PARALLEL))
+    divide_cross_entropy(model, HEAD, mesh["tp"])
+    for path in BLOCKS:
+        initialize(model, path, seed=SEED, device=device)
+    initialize(model, "", seed=SEED, device=device)
+    return model
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW. Weight decay is for matrices: vectors and scalars (norms, biases) go without."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
+
+
+def learning_rate(step: int) -> float:
+    """Of the step after `step` steps: rising linearly, then falling as half a cosine."""
+    if step < WARMUP_STEPS:
+        return LEARNING_RATE * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, TOTAL_STEPS - 1 - WARMUP_STEPS)
+    return LEARNING_RATE * (FINAL_RATIO + (1.0 - FINAL_RATIO) * (1.0 + math.cos(math.pi * progress)) / 2.0)
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of one micro-batch, summed over its learnt targets."""
+    return next_token_loss(model(input_ids=batch["input_ids"]), batch["targets"])
+
+
+def train(args: argparse.Namespace, rank: int, device: torch.device) -> None:
+    """Train from the start, or with --resume from the newest checkpoint, as process `rank` of WORLD_SIZE."""
+    mesh = init_device_mesh("cpu", MESH_SHAPE, mesh_dim_names=MESH_AXES)
+    copy, part = divmod(rank, TENSOR_RANKS)  # among the processes with the same parts, and the part of every layer
+    model = build_model(device, mesh)
+    replicated = DistributedDataParallel(
+        model,
+        process_group=mesh.get_group("dp_replicate"),
+        bucket_cap_mb=BUCKET_MIB,
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,
+    )
+    optimizer = make_optimizer(model)
+    batches = Batches(
+        byte_files(args.data, TRAIN_FILES, SEQUENCE_LENGTH),
+        seed=SEED,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=MICRO_BATCH,
+        rank=copy,
+        world_size=COPIES,
+    )
+
+    holder = DividedHolder(model, tensor=mesh["tp"])
+    checkpoints = Checkpoints(args.out, keep=KEEP_CHECKPOINTS, holder=holder)
+    state = TrainState(step=0, tokens=0, seed=SEED)
+    if args.resume:
+        state = checkpoints.load(model, optimizer, seed=SEED) or state
+        if rank == 0:
+            print(f"going on after step {state.step}" if state.step else f"no checkpoint in {args.out}: starting anew")
+    elif checkpoints.latest() is not None:
+        message = f"{args.out} holds checkpoints: go on with --resume, or start anew with another --out"
+        raise SystemExit(message if rank == 0 else 1)
+    log = MetricsLog(args.out / "metrics.jsonl", state.step) if rank == 0 else None
+    signals = Signals()
+    last_step = min(args.steps, TOTAL_STEPS)
+
+    while state.step < last_step:
+        began = time.perf_counter()
+        # Dropout follows from the seed, the step and the copy of the model, so resuming needs no saved generator.
+        torch.manual_seed(seed_for(SEED, "step", state.step, copy))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state.step)
+        micro_batches = [batches(state.step, micro) for micro in range(ACCUMULATION)]
+        # Several processes read the same samples; one of them counts them.
+        targets = float(learnt_targets(micro_batches)) if part == 0 else 0.0
+        saving = float(signals.save())
+
+        # The loss is divided by the learnt targets of the global batch, so the processes add them up first; in the same
+        # message each says whether it was told to stop or to save.
+        agreed = torch.tensor([targets, signals.stop, saving], dtype=torch.float64, device=device)
+        dist.all_reduce(agreed)
+        targets, stopping, saving = agreed.tolist()
+        if stopping:
+            break
+
+        # DDP averages the gradients over the processes with the same parts, hence the factor COPIES.
+        scale = COPIES / max(targets, 1.0)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        for micro, batch in enumerate(micro_batches):
+            # Gradients add up locally; the last backward reduces them.
+            with nullcontext() if micro == ACCUMULATION - 1 else replicated.no_sync():
+                summed = summed_loss(replicated, batch)
+                torch.autograd.backward(summed * scale)
+            loss_sum += summed.detach()
+        grad_norm = divided_gradient_norm(model, TENSOR_RANKS)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), CLIP_GRAD_NORM, grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss_sum)
+        loss = float(loss_sum) / TENSOR_RANKS / max(targets, 1.0)
+        step_time_s = time.perf_counter() - began
+        state = TrainState(step=state.step + 1, tokens=state.tokens + int(targets), seed=SEED)
+
+        if log is not None:
+            norm, tokens_per_s = float(grad_norm), GLOBAL_BATCH * SEQUENCE_LENGTH / step_time_s
+            log.write(
+                step=state.step,
+                loss=loss,
+                grad_norm=norm,
+                lr=learning_rate(state.step - 1),
+                tokens=int(targets),
+                tokens_seen=state.tokens,
+                tokens_per_s=tokens_per_s,
+                step_time_s=step_time_s,
+                peak_memory_bytes=None,
+            )
+            print(
+                f"step {state.step}/{TOTAL_STEPS} loss {loss:.4f}  grad norm {norm:.3f}  {tokens_per_s:,.0f} tokens/s  "
+                f"{step_time_s * 1e3:.1f} ms (predicted {PREDICTED_STEP_S * 1e3:.1f})  "
+                "peak n/a (CPU)"
+            )
+        if saving:
+            checkpoints.save(state, model, optimizer)
+
+    checkpoints.save(state, model, optimizer)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the flags, join the other processes, train."""
+    args = parse_args(argv)
+    with process_group("cpu", WORLD_SIZE) as (rank, device):
+        train(args, rank, device)
+
+
+if __name__ == "__main__":
+    main()
