@@ -16,6 +16,9 @@ from shardwright.backends.pytorch.runtime.index import parse_key, read_index
 from shardwright.backends.pytorch.runtime.tensorfile import FormatError, open_tensors
 from shardwright.rehearse.report_types import Check
 
+_HALF_UNIT = 2.0**-24
+"""How far rounding to float32 moves a number at most, relative to it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -109,8 +112,9 @@ def compare_updates(
     found: Mapping[str, Tensor],
     tolerance: float,
     of_each: bool = True,
+    steps: int = 0,
 ) -> Check:
-    """Parameters after training, by how much of their change is wrong ([Note: error of the update]).
+    """Parameters after so many steps, by how much of their change is wrong ([Note: error of the update]).
 
     `initial`: of the expected run. `of_each`: the worst tensor counts; else all elements of the model together.
     """
@@ -118,7 +122,7 @@ def compare_updates(
     if different:
         worst, error = different[0], math.inf
     else:
-        worst, error, together = update_error(initial, expected, found)
+        worst, error, together = update_error(initial, expected, found, steps)
         error = error if of_each else together
     return Check(
         run=run,
@@ -131,7 +135,7 @@ def compare_updates(
 
 
 def update_error(
-    initial: Mapping[str, Tensor], expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    initial: Mapping[str, Tensor], expected: Mapping[str, Tensor], found: Mapping[str, Tensor], steps: int = 0
 ) -> tuple[str, float, float]:
     """The parameter whose change differs most between two runs, by how much, and by how much all differ together.
 
@@ -139,14 +143,21 @@ def update_error(
     Parameters hardly move in a few steps, so that relative to them even a missing update would look small. The
     difference is therefore taken relative to the change, both as root mean squares. The change is the tensor's own, but
     at least a tenth of that of the model's elements on average: what hardly moves, as the bias of attention's keys,
-    which has no gradient but rounding, is all rounding and says nothing.
+    which has no gradient but rounding, is all rounding and says nothing. Each step rounds the parameter itself, to half
+    a unit in its last place: of one that is large beside its change, as a norm's weights near 1, that is more than all
+    else, and is not counted.
     """
     changes = {name: expected[name].double() - initial[name].double() for name in expected}
-    differences = {name: found[name].double() - expected[name].double() for name in expected}
+    differences = {name: _beyond(found[name].double() - each.double(), each, steps) for name, each in expected.items()}
     overall = max(_rms(*changes.values()), 1e-30)
     errors = {name: _rms(differences[name]) / max(_rms(change), 0.1 * overall) for name, change in changes.items()}
     worst = max(errors, key=errors.__getitem__)
     return worst, errors[worst], _rms(*differences.values()) / overall
+
+
+def _beyond(difference: Tensor, value: Tensor, steps: int) -> Tensor:
+    """What of a difference is more than rounding the value to float32 once a step."""
+    return (difference.abs() - steps * _HALF_UNIT * value.double().abs()).clamp_min(0.0)
 
 
 def _rms(*tensors: Tensor) -> float:

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from shardwright.rehearse.collectives import CollectiveLog
+from shardwright.rehearse.draws import Draws
 
 ACTIONS = ("F", "I", "W", "B")
 """Steps of a pipeline's program that compute; see `Pipeline`."""
@@ -52,8 +53,7 @@ class Observer:
         self._initial: dict[str, Tensor] = {}
         self._moved: list[float] = []
         """How far from the initial ones the weights were after each step; of one process alone."""
-        self._drawn = False
-        self._generator_after_step = torch.get_rng_state()
+        self._draws = Draws()
         self._handle = register_module_forward_pre_hook(self._first_forward)
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
@@ -61,13 +61,14 @@ class Observer:
     def _first_forward(self, module: nn.Module, inputs: Any) -> None:
         self._model = module.module if isinstance(module, DistributedDataParallel) else module
         self._handle.remove()
+        self._draws.watch()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._step == 0:
             self._sharded = found("states", "ShardedStates")
             self._follow_pipeline()
             self._save_weights("initial")
-        self._drawn |= random_numbers_drawn(self._generator_after_step)
+        self._draws.check()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._step += 1
@@ -76,7 +77,7 @@ class Observer:
         if self._step == self._steps:
             self._save_findings(optimizer)
             self._save_weights("final")
-        self._generator_after_step = torch.get_rng_state()
+        self._draws.accept()
         self._collectives.clear()
         self._actions.clear()
 
@@ -92,14 +93,14 @@ class Observer:
         elif kind in ACTIONS:
             self._actions.append((kind, stage, micro_batch))
         # The next forward seeds the generator again.
-        self._drawn |= random_numbers_drawn(self._generator_after_step)
+        self._draws.check()
 
     def _save_findings(self, optimizer: Optimizer) -> None:
         findings = {
             "at_rest": at_rest([value for _, value in self._named_parameters()], optimizer, self._sharded),
             "collectives": [[*call, count] for call, count in sorted(self._collectives.calls.items())],
             "unseen_collectives": self._collectives.unseen,
-            "random_numbers_drawn": self._drawn,
+            "random_numbers_drawn": self._draws.drawn,
             "actions": self._actions,
             "moved": self._moved,
         }
@@ -114,7 +115,7 @@ class Observer:
             torch.save(whole, self._folder / f"{when}.pt")
 
     def _whole(self) -> dict[str, Tensor]:
-        return whole_values(dict(self._named_parameters()), self._sharded)
+        return whole_values(dict(self._named_parameters()), self._sharded, found("divided_holder", "DividedHolder"))
 
     def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         assert self._model is not None, "the optimizer stepped before any module was called"
@@ -128,11 +129,12 @@ def found(module: str, name: str) -> Any:
     return next(iter(made), None)
 
 
-def whole_values(parameters: Mapping[str, Tensor], sharded: Any) -> dict[str, Tensor]:
-    """Whole tensors by name; of `ShardedStates` the fp32 values, which are what a checkpoint holds."""
-    if sharded is None:
+def whole_values(parameters: Mapping[str, Tensor], sharded: Any, divided: Any = None) -> dict[str, Tensor]:
+    """Whole tensors by name; of `ShardedStates` the fp32 values, which are what a checkpoint holds. `divided`: the
+    `DividedHolder`, which knows where the parts of divided layers and stacks of experts are, if there is one."""
+    if sharded is None and divided is None:
         return {name: _whole(parameter) for name, parameter in parameters.items()}
-    holder, whole = sys.modules["shardwright_runtime.held_flat"].FlatHolder(sharded), {}
+    holder, whole = divided or sys.modules["shardwright_runtime.held_flat"].FlatHolder(sharded), {}
     for name, parameter in parameters.items():
         held = holder.held(parameter)
         whole[name] = torch.zeros(held.shape, dtype=held.dtype)
@@ -169,13 +171,6 @@ def at_rest(parameters: Sequence[Tensor], optimizer: Optimizer, sharded: Any) ->
     for pointer in parts["parameters"]:
         parts["optimizer_states"].pop(pointer, None)
     return {state: sum(storages.values()) for state, storages in parts.items()}
-
-
-def random_numbers_drawn(before: Tensor) -> bool:
-    """Whether the CPU generator has moved since it was in the state `before` or, if later, since it was seeded."""
-    now = torch.get_rng_state()
-    seeded = torch.Generator().manual_seed(torch.initial_seed()).get_state()
-    return not torch.equal(now, before) and not torch.equal(now, seeded)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -62,7 +62,8 @@ def rehearse(
         progress("profiling the shrunk model")
         profile = profile_small(small, plan.decision, folder)
         _check_size(profile, small)
-        pairs = [compile_trial(small, plan, profile, one, folder, workplace) for one in trials(plan)]
+        wanted = trials(plan, routes=bool(profile.expert_layers))
+        pairs = [compile_trial(small, plan, profile, one, folder, workplace) for one in wanted]
         runs, checks, failure = _run(pairs, profile, workplace, progress)
     return RehearsalReport(
         plan=plan.name,

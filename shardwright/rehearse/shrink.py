@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shardwright.planner.engines import ENGINES
+from shardwright.planner.parallel import Parallel
 from shardwright.planner.predict import Predictor
-from shardwright.planner.space import PIPELINE_AXIS, block_count, decide, point_of
+from shardwright.planner.space import TENSOR_AXIS, block_count, decide, point_of
 from shardwright.rehearse.report_types import Change
 from shardwright.rehearse.shrink_mesh import SmallMesh, shrink_mesh
 from shardwright.rehearse.shrink_model import BLOCKS, SMALL_VOCABULARY, shrink_model
 from shardwright.rehearse.shrink_pipeline import SmallPipeline, shrink_pipeline, staged
 from shardwright.schemas.cluster import ClusterSpec, DeviceSpec
-from shardwright.schemas.job import DataSpec, JobSpec, OptimizerSpec, StatesSpec, StrategySpec, SyntheticSpec, TrainSpec
+from shardwright.schemas.job import (
+    DataSpec,
+    JobSpec,
+    OptimizerSpec,
+    StatesSpec,
+    StrategySpec,
+    SyntheticSpec,
+    TensorParallelSpec,
+    TrainSpec,
+)
 from shardwright.schemas.job_files import expand
 from shardwright.schemas.plan import Checkpointing, Communication, Decision, Plan
 from shardwright.schemas.units import Amount
@@ -67,9 +77,14 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
     accumulation = min(decision.accumulation, _ACCUMULATION) if pipeline is None else pipeline.micro_batches
     data, vocabulary, data_changes = _small_data(job.data, folder)
     model, model_changes = shrink_model(
-        job.model, folder, vocabulary, max(BLOCKS, 0 if pipeline is None else sum(pipeline.blocks))
+        job.model,
+        folder,
+        vocabulary,
+        max(BLOCKS, 0 if pipeline is None else sum(pipeline.blocks)),
+        small_parallel(decision, mesh).tp * small_parallel(decision, mesh).cp,
     )
-    train = _small_train(job, steps, mesh.copies * micro_batch * accumulation)
+    parallel = small_parallel(decision, mesh)
+    train = _small_train(job, steps, mesh.copies // parallel.cp * micro_batch * accumulation)
     cluster = _small_cluster(job.cluster, mesh)
     small = JobSpec(
         model=model.model_copy(update={"init": plan.model.init}),
@@ -77,10 +92,13 @@ def shrink(plan: Plan, folder: Path, *, processes: int, steps: int) -> SmallJob:
         train=train,
         cluster=cluster,
         quality=job.quality,
+        strategy=StrategySpec(tensor_parallel=TensorParallelSpec(overrides=job.strategy.tensor_parallel.overrides)),
     )
     sizes: list[tuple[str, Any, Any]] = [
         *_layout_changes(decision, mesh),
         *_second_change(decision, mesh),
+        ("decision.context_parallel.degree", decision.context_parallel.degree, parallel.cp),
+        ("decision.expert_parallel.degree", decision.expert_parallel.degree, parallel.ep),
         ("decision.micro_batch", decision.micro_batch, micro_batch),
         ("decision.accumulation", decision.accumulation, accumulation),
         ("train.sequence_length", job.train.sequence_length, train.sequence_length),
@@ -104,7 +122,13 @@ def pinned(small: SmallJob, decision: Decision, optimizer: OptimizerSpec, precis
     the small model has."""
     states, freed = decision.states, decision.engine.reshard_after_forward
     pipe = None if small.pipeline is None else small.pipeline.pipe
+    parallel, own = small_parallel(decision, small.mesh), small.job.strategy.tensor_parallel
     strategy = StrategySpec(
+        tp=(parallel.tp,),
+        tensor_parallel=own.model_copy(update={"sequence": (parallel.sequence,) if parallel.tp > 1 else "auto"}),
+        cp=(parallel.cp,),
+        context_method="auto" if parallel.method == "none" else (parallel.method,),
+        ep=(parallel.ep,),
         pp=(small.mesh.ranks,),
         schedule="auto" if pipe is None else (pipe.schedule,),
         chunks="auto" if pipe is None else (pipe.chunks,),
@@ -125,6 +149,19 @@ def pinned(small: SmallJob, decision: Decision, optimizer: OptimizerSpec, precis
     return _with(small.job, optimizer, strategy)
 
 
+def small_parallel(decision: Decision, mesh: SmallMesh) -> Parallel:
+    """How the processes share one copy of the model: as in the plan, with groups of two where there is room."""
+    tensor, context = decision.tensor_parallel, decision.context_parallel
+    cp, tp = mesh.degree(context.degree), mesh.tensor_ranks
+    return Parallel(
+        tp=tp,
+        sequence=tensor.sequence and tp > 1,
+        cp=cp,
+        method=context.method if cp > 1 else "none",
+        ep=mesh.degree(decision.expert_parallel.degree),
+    )
+
+
 def exactly(small: SmallJob, decision: Decision, found: Decision, *, fewer_bits: bool) -> Decision:
     """What the planner has `found` for the pinned job, over all axes of `decision`, shrunk.
 
@@ -132,7 +169,7 @@ def exactly(small: SmallJob, decision: Decision, found: Decision, *, fewer_bits:
     """
     if not ENGINES[decision.engine.name].flat:
         return found
-    axes = [(name, size) for name, size in reversed(small.mesh.axes.items()) if size > 1]
+    axes = [(name, size) for name, size in reversed(small.mesh.axes.items()) if size > 1 and name != TENSOR_AXIS]
     names = [name for name, _ in axes]
     sent = decision.communication if fewer_bits else Communication()
     point = replace(
@@ -155,11 +192,12 @@ def with_stages(
     shard = mesh.degree(point.shard)
     uncut = replace(
         point,
-        world=mesh.world_size,
+        parallel=small_parallel(decision, mesh),
+        world=mesh.world_size // mesh.tensor_ranks,
         shard=shard,
         optimizer_degree=mesh.degree(point.optimizer_degree),
         gradient_degree=mesh.degree(point.gradient_degree),
-        axes=tuple(size for name, size in reversed(mesh.axes.items()) if size > 1 and name != PIPELINE_AXIS),
+        axes=tuple(size for name, size in reversed(mesh.axes.items()) if size > 1 and name.startswith("dp_")),
         kept=point.kept if shard > 1 else None,
         micro_batch=small.micro_batch,
         accumulation=small.accumulation,

@@ -8,7 +8,9 @@ size 2, drops factors while the product is more than the processes allowed (a ga
 only then vanishes whole, the slowest one first), and grows what is left towards four processes. Four tell apart what
 two cannot (the first shard, the last one and those between), and more than four prove nothing new about one axis.
 The stages of a pipeline lie on an axis of their own, the slowest: it stays, with up to four ranks where each factor of
-the others still finds room, and these share the processes that are left.
+the others still finds room, and these share the processes that are left. Tensor parallelism lies on the fastest axis,
+which stays with two processes. How many processes share sequences or experts counts as a degree, so that these groups
+stay, too, as long as there is room.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from math import gcd, prod
 from typing import NamedTuple
 
-from shardwright.planner.space import PIPELINE_AXIS
+from shardwright.planner.space import PIPELINE_AXIS, TENSOR_AXIS
 from shardwright.schemas.cluster import ClusterSpec, LevelSpec
 from shardwright.schemas.plan import Decision
 
@@ -34,7 +36,7 @@ class Factor(NamedTuple):
     gap: int
     size: int
     end: int
-    """Devices inside of it and itself: the degree that it leads to."""
+    """Devices with the same part of every layer, inside of it and itself: the degree that it leads to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +60,18 @@ class SmallMesh:
         return self.axes.get(PIPELINE_AXIS, 1)
 
     @property
+    def tensor_ranks(self) -> int:
+        """Processes that share every layer; 1 without tensor parallelism."""
+        return self.axes.get(TENSOR_AXIS, 1)
+
+    @property
     def copies(self) -> int:
-        """Processes that train the same stages, or the whole model."""
-        return self.world_size // self.ranks
+        """Processes that train the same stages, or the whole model, with the same part of every layer."""
+        return self.world_size // (self.ranks * self.tensor_ranks)
 
     def degree(self, degree: int) -> int:
         """What has become of a shard degree."""
-        return prod(small for factor, small in self.kept if factor.end <= degree)
+        return prod(small for factor, small in self.kept if factor.axis != TENSOR_AXIS and factor.end <= degree)
 
 
 def shrink_mesh(decision: Decision, cluster: ClusterSpec, processes: int) -> SmallMesh:
@@ -83,6 +90,11 @@ def shrink_mesh(decision: Decision, cluster: ClusterSpec, processes: int) -> Sma
 
 def _kept(found: Sequence[Factor], processes: int) -> list[tuple[Factor, int]]:
     """What is left of the factors, each with its size."""
+    across = [factor for factor in found if factor.axis == TENSOR_AXIS]
+    if across:
+        parts = 2 if processes >= 2 * (1 + any(factor.axis == PIPELINE_AXIS for factor in found)) else 1
+        whole = across[0]._replace(size=prod(factor.size for factor in across))
+        return [(whole, parts), *_kept(found[len(across) :], processes // parts)]
     others = [factor for factor in found if factor.axis != PIPELINE_AXIS]
     along = found[len(others) :]
     if not along:
@@ -108,25 +120,26 @@ def factors(decision: Decision, cluster: ClusterSpec) -> list[Factor]:
     room = [level.size for level in cluster.levels]
     end = 1
     for axis in reversed(decision.mesh.axes):
-        left = axis.size
+        left, shares_layers = axis.size, axis.name == TENSOR_AXIS
         for number in range(len(room)):
-            while (size := gcd(left, room[number], _to_next(degrees, end))) > 1:
-                end, left, room[number] = end * size, left // size, room[number] // size
+            while (size := gcd(left, room[number], 0 if shares_layers else _to_next(degrees, end))) > 1:
+                end, left, room[number] = end * (1 if shares_layers else size), left // size, room[number] // size
                 found.append(Factor(axis.name, number, bisect_left(degrees, end), size, end))
             if room[number] > 1:
                 break
         if left > 1:  # the axis does not divide the levels evenly: what is left counts to the slowest
-            end *= left
+            end *= 1 if shares_layers else left
             found.append(Factor(axis.name, len(room) - 1, bisect_left(degrees, end), left, end))
     return found
 
 
 def _degrees(decision: Decision) -> list[int]:
-    """The shard degrees and the world size, from one on."""
-    states = decision.states
+    """The shard degrees, how many share sequences and experts, and the world size of each part, from one on."""
+    states, world = decision.states, decision.mesh.world_size // decision.tensor_parallel.degree
+    shared = (decision.context_parallel.degree, decision.expert_parallel.degree)
     secondary = () if states.secondary is None else (states.secondary.degree,)
     named = (states.parameters.degree, states.gradients.degree, states.optimizer_states.degree, *secondary)
-    return sorted({1, *named, decision.mesh.world_size})
+    return sorted({1, *named, *shared, world})
 
 
 def _to_next(degrees: Sequence[int], end: int) -> int:

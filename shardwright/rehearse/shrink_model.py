@@ -25,19 +25,20 @@ SMALL_VOCABULARY = 256
 
 
 def shrink_model(
-    model: ModelSpec, folder: Path, vocabulary: int | None, blocks: int = BLOCKS
+    model: ModelSpec, folder: Path, vocabulary: int | None, blocks: int = BLOCKS, heads: int = 1
 ) -> tuple[ModelSpec, list[Change]]:
     """The model for a rehearsal, and what became of which of its numbers.
 
     `folder`: where relative paths of the job start. `vocabulary`: the number of token ids that the rehearsal's data may
-    hold, or None to leave the model's own. `blocks`: at most so many are kept. `model.rehearse` has the last word.
+    hold, or None to leave the model's own. `blocks`: at most so many are kept. `heads`: a multiple of so many key-value
+    heads stays where the model has as many. `model.rehearse` has the last word.
     Raises InputError if the configuration cannot be read.
     """
     if model.hf is None:
         before, changed, key = model.args, _small_args(model.args, blocks), "model.args"
     else:
         before, key = _configuration(model.hf, folder), "model.hf"
-        changed = _small_configuration(_complete(before), vocabulary, blocks)
+        changed = _small_configuration(_complete(before), vocabulary, blocks, heads)
     after = dict(before) | changed | model.rehearse
     changes = [
         Change(key=f"{key}.{name}", before=str(before.get(name, "default")), after=str(value), because=_why(name))
@@ -61,7 +62,7 @@ def _small_args(args: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     return small | _without_dropout(args)
 
 
-def _small_configuration(full: Mapping[str, Any], vocabulary: int | None, blocks: int) -> dict[str, Any]:
+def _small_configuration(full: Mapping[str, Any], vocabulary: int | None, blocks: int, least: int) -> dict[str, Any]:
     """What to change in a Hugging Face configuration, given with its defaults filled in."""
     small: dict[str, Any] = _without_dropout(full)
     depth = next((full[name] for name in DEPTH if _is_count(name, full.get(name), DEPTH)), None)
@@ -70,7 +71,7 @@ def _small_configuration(full: Mapping[str, Any], vocabulary: int | None, blocks
         small |= {
             name: value[:blocks] for name, value in full.items() if isinstance(value, list) and len(value) == depth
         }
-    small |= _small_width(full)
+    small |= _small_width(full, least)
     known = full.get("vocab_size")
     if vocabulary is not None and isinstance(known, int) and known > vocabulary:
         small["vocab_size"] = vocabulary
@@ -82,15 +83,16 @@ def _small_configuration(full: Mapping[str, Any], vocabulary: int | None, blocks
     return {name: value for name, value in small.items() if full.get(name) != value}
 
 
-def _small_width(full: Mapping[str, Any]) -> dict[str, Any]:
-    """At most four heads of 16; grouped queries stay grouped; the inner width keeps its ratio to the width."""
+def _small_width(full: Mapping[str, Any], least: int) -> dict[str, Any]:
+    """At most four heads of 16, or as many as are divided; grouped queries stay grouped; the inner width keeps its
+    ratio to the width."""
     heads = next(((name, full[name]) for name in _HEADS if _is_count(name, full.get(name), _HEADS)), None)
     width = next(((name, full[name]) for name in _WIDTH if _is_count(name, full.get(name), _WIDTH)), None)
     if heads is None or width is None:
         return {}
     shared = full.get("num_key_value_heads") or heads[1]
     group = min(heads[1] // shared, 2)
-    few = min(shared, 4 // group)
+    few = min(shared, max(4 // group, least))
     hidden = few * group * _HEAD_DIM
     if hidden >= width[1]:
         return {}

@@ -8,12 +8,11 @@ from typing import Any
 
 from shardwright.planner import at_rest_bytes
 from shardwright.planner.at_rest import State
-from shardwright.planner.groups import Groups
 from shardwright.planner.pipelines.costs import pipe_of
 from shardwright.planner.pipelines.prediction import Pipelines
 from shardwright.planner.predict import Predictor
 from shardwright.planner.schedules.text import from_text
-from shardwright.planner.space import Point, point_of
+from shardwright.planner.space import Point, parallel_of, point_of
 from shardwright.rehearse.compare import (
     Outcome,
     compare_checkpoint,
@@ -41,8 +40,8 @@ def check_pair(of: Trial, plan: Plan, folder: Path, alone: Path, profile: ModelP
     found, expected = Outcome(folder, world), Outcome(alone, 1)
     run = of.name
     findings = found.findings()
-    groups = Groups(profile)
-    at_rest = [at_rest_bytes(plan.decision, groups, plan.job.train, rank) for rank in range(world)]
+    of_ranks = _predictors(plan, profile)
+    at_rest = [at_rest_bytes(plan.decision, each.groups, plan.job.train, rank) for rank, each in enumerate(of_ranks)]
     randomness = compare_randomness(run, findings)
     return [
         compare_equal(run, "initial weights", expected.weights("initial"), found.weights("initial")),
@@ -50,8 +49,15 @@ def check_pair(of: Trial, plan: Plan, folder: Path, alone: Path, profile: ModelP
         # Processes that draw, draw differently: their numbers cannot be compared.
         *(_compare_training(of, plan, expected, found) if randomness.passed else ()),
         compare_checkpoint(run, found),
-        *_compare_layout(run, plan, profile, at_rest, findings),
+        *_compare_layout(run, plan, of_ranks, at_rest, findings),
     ]
+
+
+def _predictors(plan: Plan, profile: ModelProfile) -> list[Predictor]:
+    """Of each process: those that share layers may have parts of different sizes."""
+    whole, parallel = Predictor(plan.job, profile), parallel_of(plan.decision)
+    parts = [whole.of_rank(parallel, rank) for rank in range(parallel.tp)]
+    return parts * (plan.decision.mesh.world_size // parallel.tp)
 
 
 def _compare_training(of: Trial, plan: Plan, expected: Outcome, found: Outcome) -> list[Check]:
@@ -63,26 +69,27 @@ def _compare_training(of: Trial, plan: Plan, expected: Outcome, found: Outcome) 
     return [
         compare_series(run, "loss", loss, its_loss, of_loss),
         compare_series(run, "gradient norm", norm, its_norm, limits.gradient_norm),
-        compare_updates(run, initial, final, found.weights("final"), limits.update, limits.of_each_tensor),
+        compare_updates(run, initial, final, found.weights("final"), limits.update, limits.of_each_tensor, len(loss)),
     ]
 
 
 def _compare_layout(
     run: str,
     plan: Plan,
-    profile: ModelProfile,
+    of_ranks: Sequence[Predictor],
     at_rest: Sequence[Mapping[State, int]],
     findings: Sequence[Mapping[str, Any]],
 ) -> list[Check]:
     mesh, point = plan.decision.mesh, point_of(plan.decision)
     held = [rank["at_rest"] for rank in findings]
     if point.pipe is None:
-        who, predicted, actions = Processes(mesh), [plan.prediction.collectives] * mesh.world_size, []
+        who, actions = Processes(mesh, point.parallel), []
+        predicted = [each.collectives(point) for each in of_ranks]
     else:
-        pipelines, pipeline = Predictor(plan.job, profile).pipelines, plan.prediction.pipeline
+        pipeline, each_rank = plan.prediction.pipeline, point.copies * point.parallel.tp
         assert pipeline is not None, "a plan with stages predicts its pipeline"
-        who = _processes(point, mesh, pipelines)
-        predicted = [pipelines.collectives(point, rank // point.copies) for rank in range(mesh.world_size)]
+        who = _processes(point, mesh, of_ranks[0].pipelines)
+        predicted = [each.pipelines.collectives(point, rank // each_rank) for rank, each in enumerate(of_ranks)]
         timetable = from_text("\n".join(pipeline.timetable))
         actions = [compare_actions(run, who, timetable, point.pipe.layout, findings)]
     return [
@@ -94,11 +101,11 @@ def _compare_layout(
 
 def _processes(point: Point, mesh: Mesh, pipelines: Pipelines) -> Processes:
     """The stages of each process, and with whom it shares parameters."""
-    pipe = pipe_of(point)
+    pipe, each_rank = pipe_of(point), point.copies * point.parallel.tp
     stages, ties = [], []
     for process in range(mesh.world_size):
-        rank, copy = divmod(process, point.copies)
+        rank, copy = divmod(process, each_rank)
         shared = {unit.ranks for unit in pipelines.costs.owners.units(pipe, rank) if len(unit.ranks) > 1}
         stages.append(own_stages(pipe, mesh.world_size, process))
-        ties.append(tuple(tuple(each * point.copies + copy for each in ranks) for ranks in sorted(shared)))
-    return Processes(mesh, tuple(stages), tuple(ties))
+        ties.append(tuple(tuple(each * each_rank + copy for each in ranks) for ranks in sorted(shared)))
+    return Processes(mesh, point.parallel, tuple(stages), tuple(ties))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from shardwright.report.layout import Bar, Column, Grid, Row, facts, heading, page, percent
 from shardwright.report.memory import common_unit, fullest_of, in_unit, words
-from shardwright.report.stages import Piped, copies_of
+from shardwright.report.stages import Piped
 from shardwright.report.time_grid import TimeGrid, beginning, legend
 from shardwright.schemas.plan import Memory, Plan, StageTime
 from shardwright.schemas.units import human_seconds
@@ -49,8 +49,8 @@ def draw_stages(pipe: Piped, *, short: bool = False) -> Group:
 
 def _placed(pipe: Piped, rank: int) -> tuple[str, ...]:
     """Rank, devices, and for each chunk its stage with what it has."""
-    copies = copies_of(pipe.plan.decision)
-    first, last = rank * copies, (rank + 1) * copies - 1
+    devices_of_rank = pipe.plan.decision.mesh.world_size // pipe.layout.ranks
+    first, last = rank * devices_of_rank, (rank + 1) * devices_of_rank - 1
     devices = str(first) if first == last else f"{first}-{last}"
     return str(rank), devices, *(f"{stage}: {pipe.contents[stage]}" for stage in pipe.stages_of(rank))
 

@@ -23,6 +23,7 @@ from shardwright.report.layout import (
     plural,
 )
 from shardwright.report.memory import against_limit, draw_memory
+from shardwright.report.parallel import draw_sharing, parallel_lines
 from shardwright.report.pipeline import draw_pipeline, pipeline_parts, schedule_line
 from shardwright.report.search import draw_alternatives, draw_why
 from shardwright.report.stages import copies_of, piped
@@ -70,6 +71,7 @@ def _decided(plan: Plan) -> Iterable[tuple[str, str]]:
     staged = decision.pipeline.schedule != "none"
     if staged:
         yield "pipeline", _pipeline(decision.pipeline)
+    yield from parallel_lines(decision)
     for name in _STATES:
         yield name.replace("_", " "), _sharding(getattr(decision.states, name), piped=staged)
         if name == "parameters" and decision.states.secondary is not None:
@@ -108,14 +110,26 @@ def _sharding(state: StateSharding, *, piped: bool = False) -> str:
 
 def _batch(plan: Plan) -> str:
     decision, train = plan.decision, plan.job.train
-    sequences, copies = train.global_batch_sequences, copies_of(decision)
+    sequences = train.global_batch_sequences
     if decision.pipeline.schedule == "none":
         times = plural(decision.accumulation, "accumulation step")
-        split = f"{plural(copies, 'device')} x micro-batch {decision.micro_batch} x {times}"
+        split = f"{_readers(decision)} x micro-batch {decision.micro_batch} x {times}"
     else:
         times = plural(decision.accumulation, "micro-batch", "micro-batches")
-        split = f"{plural(copies, 'pipeline')} x {times} of {decision.micro_batch}"
+        split = f"{_readers(decision)} x {times} of {decision.micro_batch}"
     return f"{plural(sequences, 'sequence')} = {split}; {human_count(sequences * train.sequence_length)} tokens"
+
+
+def _readers(decision: Decision) -> str:
+    """What has samples of its own: `8 devices`, `4 pipelines`, or `4 groups of 2 devices`."""
+    piped = decision.pipeline.schedule != "none"
+    shared = decision.context_parallel.degree
+    readers = copies_of(decision) // shared
+    together = shared if piped else shared * decision.tensor_parallel.degree
+    noun = "pipeline" if piped else "device"
+    if together == 1:
+        return plural(readers, noun)
+    return f"{plural(readers, 'group')} of {plural(together, noun)}"
 
 
 def _checkpointing(decision: Decision) -> str:
@@ -174,10 +188,11 @@ def draw_plan(plan: Plan) -> Group:
 
 def draw_inspection(plan: Plan) -> Group:
     """Everything in the plan."""
-    pipe, limit = piped(plan), device_limit(plan.job)
+    pipe, limit, sharing = piped(plan), device_limit(plan.job), draw_sharing(plan)
     parts: tuple[RenderableType, ...] = (
         draw_summary(plan),
         *(pipeline_parts(pipe, limit) if pipe else ()),
+        *([sharing] if sharing else []),
         draw_states(plan),
         draw_memory(plan.prediction.memory, limit),
         draw_time(plan.prediction),

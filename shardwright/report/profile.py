@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 
 from shardwright.report.layout import Column, Grid, Row, facts, grouped, heading, human_flops, page, plural
+from shardwright.report.parallel import draw_divisions, sharing_facts
 from shardwright.report.units import OUTSIDE, UnitKind, order, run_title, unit_kinds
 from shardwright.schemas.profile import ComputeDtypeName, ModelProfile, Parameter, Phase, Policy, UnitCost
 from shardwright.schemas.units import human_bytes, human_count
@@ -84,6 +85,9 @@ def draw_profile(profile: ModelProfile, micro_batch: int, dtype: ComputeDtypeNam
     ]
     if any(dtype in kind.unit.compiled for kind in view.kinds):
         parts.append(_draw_compiled(view))
+    divisions = draw_divisions(profile)
+    if divisions is not None:
+        parts.append(divisions)
     parts.append(facts(_about(view)))
     if profile.warnings:
         parts.append(Group(*(facts([("warning", warning)]) for warning in profile.warnings)))
@@ -168,6 +172,7 @@ def _about(view: View) -> list[tuple[str, str]]:
         *([("tied", "; ".join(tied))] if tied else []),
         ("attention", f"{profile.attention[view.dtype]}, as assumed for {profile.device_kind} in {view.dtype}"),
         *_crossings(profile),
+        *sharing_facts(profile),
         ("buffers", human_bytes(profile.buffer_bytes)),
         ("weights start", profile.init),
     ]

@@ -132,8 +132,8 @@ def schedule_of(plan: Plan) -> Schedule:
 
 
 def copies_of(decision: Decision) -> int:
-    """Devices that have the same stages; without a pipeline, all."""
-    return decision.mesh.world_size // decision.pipeline.ranks
+    """Devices that have the same part of every layer and the same stages; all without parallelism of the model."""
+    return decision.mesh.world_size // (decision.pipeline.ranks * decision.tensor_parallel.degree)
 
 
 def _stale(message: str) -> InputError:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from rich.console import Group
 from rich.text import Text
 
-from shardwright.planner.space import PIPELINE_AXIS
+from shardwright.planner.space import PIPELINE_AXIS, TENSOR_AXIS
 from shardwright.report.layout import Cell, Column, Grid, Row, heading
+from shardwright.report.parallel import expert_axes
 from shardwright.schemas.plan import MeshAxis, Plan, States, StateSharding
 
 _NOTE = "axes of the mesh, fastest first: over each, a state is divided further, or lies in equal copies"
@@ -21,10 +22,14 @@ def draw_states(plan: Plan) -> Group:
     if not axes:
         return Group(title, Text(), Text("whole on the only device", style="dim"))
     columns = [Column(""), *(Column(f"{axis.name} x {axis.size}\n{' '.join(axis.levels)}") for axis in axes)]
-    return Group(title, Grid(columns, list(_rows(plan.decision.states, axes)), continued=True))
+    rows = [*_rows(plan.decision.states, axes)]
+    if (experts := plan.decision.expert_parallel.degree) > 1:
+        rows += _rows(plan.decision.states, axes, experts)
+    return Group(title, Grid(columns, rows, continued=True))
 
 
-def _rows(states: States, axes: tuple[MeshAxis, ...]) -> Iterator[Row]:
+def _rows(states: States, axes: tuple[MeshAxis, ...], experts: int = 1) -> Iterator[Row]:
+    """Of all else, or of what so many devices share the experts of."""
     named = {
         "parameters": states.parameters,
         "second copy": states.secondary,
@@ -33,18 +38,23 @@ def _rows(states: States, axes: tuple[MeshAxis, ...]) -> Iterator[Row]:
     }
     for name, state in named.items():
         if state is not None:
-            yield Row((name, *_cells(state, axes)))
+            yield Row((f"experts' {name}" if experts > 1 else name, *_cells(state, axes, experts)))
 
 
-def _cells(state: StateSharding, axes: tuple[MeshAxis, ...]) -> Iterator[Cell]:
-    inner = 1
+def _cells(state: StateSharding, axes: tuple[MeshAxis, ...], experts: int) -> Iterator[Cell]:
+    inner, degree = 1, max(1, state.degree // experts)
+    sharing = expert_axes(axes, experts)
     for axis in axes:
         if axis.name == PIPELINE_AXIS:
             yield "its stages"
             continue
-        end = inner * axis.size
-        shards, copies = min(state.degree, end), end // max(state.degree, inner)
-        parts = [Text(f"1/{shards}", style="cyan")] if shards > inner else []
+        if axis.name == TENSOR_AXIS:
+            yield "its part of each layer"
+            continue
+        end = inner * axis.size // sharing[axis.name]
+        shards, copies = min(degree, end), end // max(degree, inner)
+        parts = [Text("own experts", style="cyan")] if sharing[axis.name] > 1 else []
+        parts += [Text(f"1/{shards}", style="cyan")] if shards > inner else []
         parts += [Text(f"{copies} copies", style="dim")] if copies > 1 else []
         yield Text(", ").join(parts) if parts else "whole"
         inner = end

@@ -94,6 +94,34 @@ def test_a_tensor_that_hardly_moves_is_measured_against_the_model() -> None:
     assert update_error(initial, expected, found)[1] < 1e-5
 
 
+def test_what_rounding_a_parameter_explains_is_not_counted() -> None:
+    """A norm's weights near 1 that hardly move: one rounding a step is more than a thousandth of their change."""
+    initial = {"norm": torch.ones(4), "weight": torch.full((4,), 0.01)}
+    expected = {"norm": torch.ones(4) + 2.0**-14, "weight": torch.full((4,), 0.02)}
+    rounded = {"norm": expected["norm"] + 2.0**-23, "weight": expected["weight"]}
+    assert update_error(initial, expected, rounded)[1] > 1e-4
+    assert update_error(initial, expected, rounded, steps=3)[1] == 0
+    wrong = {"norm": expected["norm"] + 2.0**-20, "weight": expected["weight"]}
+    assert update_error(initial, expected, wrong, steps=3)[1] > 5e-4
+
+
+@pytest.mark.parametrize(("ep", "same", "optimizer"), [(1, False, "adamw"), (2, True, "adamw"), (2, True, "sgd")])
+def test_only_what_amplifies_makes_choices_of_experts_differ(ep: int, same: bool, optimizer: str) -> None:
+    plan = plan_for(
+        decision(("dp_shard", 4), precision="fp32", expert_parallel={"degree": ep}),
+        cluster(("node", 4)),
+    )
+    sgd = next(one for one in trials(plan, routes=True) if one.name.startswith("unclipped"))
+    own = next(one for one in trials(plan, routes=True) if one.name.startswith("adamw"))
+    chosen = replace(own if optimizer == "adamw" else sgd, same_micro_batches=same)
+    strict = replace(chosen, routes=False).tolerance
+    if optimizer == "sgd":
+        assert chosen.tolerance == strict
+        assert strict.update == 1e-4
+    else:
+        assert chosen.tolerance.gradient_norm > strict.gradient_norm
+
+
 @pytest.mark.parametrize(
     ("axis", "rank", "ranks"),
     [

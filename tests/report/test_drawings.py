@@ -13,13 +13,25 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
+from support.golden import golden_plans
 
 from report import samples
 from shardwright import report
+from shardwright.report.parallel import draw_sharing
 from shardwright.report.states import draw_states
 from shardwright.schemas import catalogue
+from shardwright.schemas.plan import Plan
 
 KEPT = Path(__file__).parent / "drawings"
+PARALLEL = golden_plans()["experts-tensor-fsdp2"]
+
+
+def drawn_sharing(plan: Plan) -> Group:
+    """Of a plan in which devices share layers or experts."""
+    found = draw_sharing(plan)
+    assert found is not None
+    return found
+
 
 DRAWINGS: dict[str, Callable[[], RenderableType]] = {
     "job": lambda: report.draw_job(samples.JOB, samples.PLAN.defaults),
@@ -29,6 +41,7 @@ DRAWINGS: dict[str, Callable[[], RenderableType]] = {
     "plan": lambda: report.draw_plan(samples.PLAN),
     "inspection": lambda: report.draw_inspection(samples.PLAN),
     "amsp": lambda: Group(report.draw_summary(samples.AMSP), draw_states(samples.AMSP)),
+    "sharing": lambda: Group(*(draw(PARALLEL) for draw in (report.draw_summary, drawn_sharing, draw_states))),
     "why": lambda: report.draw_why(samples.PLAN, "micro_batch"),
     "infeasible": lambda: report.draw_infeasible(samples.INFEASIBLE),
     "emission": lambda: report.draw_emission(samples.PLAN, "run", {"train.py": "a\nb\n", "plan.json": "{}\n"}),
@@ -89,3 +102,7 @@ def test_colour_only_adds_colour() -> None:
         console.print(report.draw_plan(samples.PLAN))
     assert "\x1b[" in capture.get()
     assert "\x1b[" not in drawn(report.draw_plan(samples.PLAN), 80)
+
+
+def test_without_parallelism_of_the_model_nobody_shares() -> None:
+    assert draw_sharing(samples.PLAN) is None
