@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,16 @@ def _no_kept_profiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARDWRIGHT_CACHE", "off")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_attention() -> Iterator[None]:
+    """What a divided model replaces for as long as its process lives is put back for the next test."""
+    functional = sys.modules.get("torch.nn.functional")
+    attention = getattr(functional, "scaled_dot_product_attention", None)
+    yield
+    if functional is not None:
+        functional.scaled_dot_product_attention = attention  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ from shardwright.passes import profile_model
 from shardwright.planner import make_plan, needed_dtypes
 from shardwright.planner.constants import device_budget
 from shardwright.schemas import LoadedJob, load_job
-from shardwright.schemas.plan import Infeasible, Plan
+from shardwright.schemas.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -25,11 +25,20 @@ PUBLISHED_PARAMETERS = {
     "llama3-8b-8xh100": 8_030_261_248,
     "llama3-70b-64xh100": 70_553_706_496,
     "mixtral-8x7b-8xb200": 46_702_792_704,
+    "mixtral-8x7b-64xh100": 46_702_792_704,
+    "llama3.1-405b-512xh100": 405_853_388_800,
+    "llama3.1-405b-16384xh100": 405_853_388_800,
+    "llama3-8b-128k-64xh100": 8_030_261_248,
+    "llama3-8b-1m-64xh100": 8_030_261_248,
+    "deepseek-v3-256xh100": 671_026_404_352,
+    "deepseek-v3-2048xh100": 671_026_404_352,
 }
-"""https://huggingface.co/openai-community/gpt2, https://huggingface.co/meta-llama, https://huggingface.co/mistralai:
-sums of the checkpoints' tensors."""
-DOES_NOT_FIT = {"llama3.1-405b-512xh100": 405_853_388_800}
-"""Examples for which no plan fits, and their parameters."""
+"""https://huggingface.co/openai-community/gpt2, https://huggingface.co/meta-llama, https://huggingface.co/mistralai,
+https://huggingface.co/deepseek-ai: sums of the checkpoints' tensors."""
+LONG = ("deepseek-v3-2048xh100", "llama3-8b-1m-64xh100", "mixtral-8x7b-64xh100", "llama3-8b-128k-64xh100")
+"""Planning each takes half a minute or so: here they are only read."""
+ONCE = ("llama3-70b-64xh100", "llama3.1-405b-512xh100", "llama3.1-405b-16384xh100", "deepseek-v3-256xh100")
+"""Planned once, because that takes a while."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,7 @@ def planned(loaded: LoadedJob) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - DOES_NOT_FIT.keys()))
+@pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - {*LONG}))
 def test_example_plans_and_compiles(name: str, examples: Path, tmp_path: Path) -> None:
     loaded = load_job(examples / f"{name}.yaml")
     plan = planned(loaded)
@@ -59,23 +68,18 @@ def test_example_plans_and_compiles(name: str, examples: Path, tmp_path: Path) -
     assert 0 < plan.prediction.mfu < 1
     assert sum(part.seconds for part in plan.prediction.time) == pytest.approx(plan.prediction.step_time_s)
     emission = emit(plan, loaded.folder, tmp_path / "out")
-    assert emission.files == emit(planned(loaded), loaded.folder, tmp_path / "out").files, "not deterministic"
+    if name not in ONCE:
+        assert emission.files == emit(planned(loaded), loaded.folder, tmp_path / "out").files, "not deterministic"
     compile(emission.files["train.py"], "train.py", "exec")
 
 
-@pytest.mark.parametrize("name", DOES_NOT_FIT)
-def test_example_says_by_how_much_it_does_not_fit(name: str) -> None:
-    loaded = load_job(EXAMPLES / f"{name}.yaml")
-    profile = profile_model(loaded.job, loaded.folder, needed_dtypes(loaded.job))
-    assert profile.numel == DOES_NOT_FIT[name]
-    found = make_plan(loaded.job, profile, job_file=loaded.path.name, defaults=loaded.defaults)
-    assert isinstance(found, Infeasible)
-    budget = device_budget(loaded.job.cluster, loaded.job.budget.device_memory)
-    assert found.needed_bytes > found.available_bytes == budget
+@pytest.mark.parametrize("name", LONG)
+def test_long_example_is_read(name: str) -> None:
+    assert load_job(EXAMPLES / f"{name}.yaml").job.cluster.world_size >= 64
 
 
 def test_examples_of_published_models_are_all_there() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} >= {*PUBLISHED_PARAMETERS, *DOES_NOT_FIT, "bytes-gpt"}
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} >= {*PUBLISHED_PARAMETERS, "bytes-gpt"}
 
 
 def test_readme_is_short_and_shows_an_example_as_it_is() -> None:

@@ -24,7 +24,7 @@ SUPPORT = ROOT / "tests" / "support"
 SHOWN = ("train.py", "export.py", "launch.sh", "train.slurm")
 """Files that a plan shapes; the runtime and the user's own are copies."""
 
-LONGEST = {"pipeline-late": 330}
+LONGEST = {"pipeline-late": 330, "tensor-pipeline": 285, "tensor-context-pipeline-late": 330}
 """Lines of the scripts that may be longer than others: with late steps the log, too, is written a step later."""
 
 PLANS = golden_plans()
@@ -53,7 +53,9 @@ def test_no_golden_folder_is_left_over() -> None:
 def test_scripts_are_short_and_say_what_they_are(name: str) -> None:
     text = emission(PLANS[name]).files["train.py"]
     tree = ast.parse(text)
-    assert len(text.splitlines()) <= LONGEST.get(name, 270)
+    # A table of divisions comes on top, one a line, rarely four.
+    table = 4 + 2 * len(PLANS[name].model.divisions)
+    assert len(text.splitlines()) <= LONGEST.get(name, 270) + (table if PLANS[name].model.divisions else 0)
     docstring = ast.get_docstring(tree)
     assert docstring is not None
     assert "--resume" in docstring

@@ -115,6 +115,13 @@ JOBS: dict[str, dict[str, Any]] = {
             "host_memory": "16GiB",
             "launcher": "torchrun",
         },
+        "strategy": {
+            "tp": "auto",
+            "tensor_parallel": {"sequence": "auto", "overrides": {"lm_head": "replicated"}},
+            "cp": "auto",
+            "context_method": ["gather"],
+            "ep": "auto",
+        },
     },
     "dataset": {
         "model": {"factory": "tiny:build", "loss": "custom:loss"},

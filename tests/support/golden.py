@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from shardwright.schemas.plan import Plan, Reason
+from support.parallel_plans import GPT2_DIVISIONS, LLAMA_DIVISIONS, MIXTRAL_EXPERTS, parallel_plan
 from support.pipeline_plans import pipeline_plan
 from support.plans import BLOCKS, make_plan
 
@@ -24,6 +26,15 @@ LLAMA = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+}
+
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 259, "n_embd": 64, "n_head": 4}
+
+MIXTRAL = LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
 }
 
 GROUPS = {
@@ -53,6 +64,12 @@ REASONS = (
 PIPELINE_REASONS = (
     Reason(key="pipeline.ranks", value="4", because="The states of a fourth of the model fit on a device."),
     Reason(key="pipeline.schedule", value="zb-v", because="Idle for 7.3 % of the step; the runner-up 1f1b for 15 %."),
+)
+
+PARALLEL_REASONS = (
+    Reason(key="tensor_parallel.degree", value="2", because="States and activations of half a layer fit on a device."),
+    Reason(key="expert_parallel.degree", value="2", because="The tokens cross the node once; all else would gather."),
+    Reason(key="context_parallel.method", value="ring", because="Keys and values travel while attention computes."),
 )
 
 
@@ -296,5 +313,114 @@ def golden_plans() -> dict[str, Plan]:
             blocks=(*BLOCKS[:2], "blocks.5"),
             model={"loss": "model", "inputs": {"input_ids": "input_ids", "labels": "targets"}},
             train=train(optimizer={"clip_grad_norm": None}),
+        ),
+        **_parallel(train),
+    }
+
+
+def _parallel(train: Callable[..., dict[str, Any]]) -> dict[str, Plan]:
+    """Tensor, sequence, context and expert parallelism."""
+
+    def hugging_face(config: dict[str, Any], blocks: int, path: str = "model.layers", **made: Any) -> Plan:
+        changes: dict[str, Any] = {
+            "init": "modules",
+            "blocks": tuple(f"{path}.{index}" for index in range(blocks)),
+            "sources": (),
+            "packages": ("transformers",),
+            "model": {"factory": None, "args": {}, "hf": config},
+            "train": train(),
+        }
+        return make_plan(**(changes | made))
+
+    held_out = {"validation": {"files": ["held-out.txt"]}}
+    llama, gpt2 = {"divisions": LLAMA_DIVISIONS, "sequence": True}, {"divisions": GPT2_DIVISIONS}
+    return {
+        "tensor-fsdp2-sequence": parallel_plan(
+            hugging_face(
+                LLAMA,
+                32,
+                world=4,
+                shard=4,
+                engine="fsdp2",
+                kind="cuda",
+                precision="bf16_mixed",
+                accumulation=3,
+                recomputed=5,
+                reasons=PARALLEL_REASONS[:1],
+                data=held_out,
+            ),
+            tp=2,
+            **llama,
+        ),
+        "tensor-amsp-parts": parallel_plan(
+            hugging_face(GPT2, 12, "transformer.h", world=4, engine="amsp", axes=(2, 2), shard=2, optimizer=4),
+            tp=2,
+            **gpt2,
+        ),
+        "tensor-single": parallel_plan(hugging_face(GPT2, 12, "transformer.h", data=held_out), tp=2, **gpt2),
+        "tensor-ddp": parallel_plan(
+            hugging_face(GPT2, 12, "transformer.h", world=2, engine="ddp", accumulation=2), tp=2, **gpt2
+        ),
+        "tensor-pipeline": parallel_plan(
+            pipeline_plan(
+                hugging_face(LLAMA, 32, world=4, engine="amsp", axes=(2,), optimizer=2, data=held_out),
+                ranks=2,
+                copies=2,
+                micro_batches=3,
+                family="zb-h1",
+            ),
+            tp=2,
+            **llama,
+        ),
+        "tensor-context-pipeline-late": parallel_plan(
+            pipeline_plan(
+                hugging_face(LLAMA, 32, world=4, engine="amsp", axes=(2,), optimizer=2),
+                ranks=2,
+                copies=2,
+                micro_batches=3,
+                family="zb-h2",
+                late_step=True,
+            ),
+            tp=2,
+            cp=2,
+            **llama,
+        ),
+        "context-ring": parallel_plan(
+            hugging_face(
+                LLAMA, 32, world=4, shard=4, engine="fsdp2", data=held_out, reasons=PARALLEL_REASONS[2:], recomputed=32
+            ),
+            cp=2,
+        ),
+        "context-gather-ddp": parallel_plan(
+            make_plan(world=4, engine="ddp", data=held_out, train=train()), cp=4, method="gather", head=""
+        ),
+        "experts-fsdp2": parallel_plan(
+            hugging_face(
+                MIXTRAL,
+                32,
+                world=8,
+                shard=4,
+                engine="fsdp2",
+                kind="cuda",
+                precision="bf16_mixed",
+                reasons=PARALLEL_REASONS[1:2],
+            ),
+            ep=2,
+            expert_modules=MIXTRAL_EXPERTS,
+        ),
+        "experts-amsp": parallel_plan(
+            hugging_face(
+                MIXTRAL, 32, world=8, engine="amsp", axes=(2, 4), shard=2, optimizer=8, int8=("dp_1",), int4=("dp_2",)
+            ),
+            ep=2,
+            expert_modules=MIXTRAL_EXPERTS,
+        ),
+        "experts-tensor-fsdp2": parallel_plan(
+            hugging_face(MIXTRAL, 32, world=2, shard=2, engine="fsdp2"),
+            tp=2,
+            sequence=True,
+            ep=2,
+            divisions=LLAMA_DIVISIONS,
+            expert_modules=MIXTRAL_EXPERTS,
         ),
     }

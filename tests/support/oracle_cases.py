@@ -107,6 +107,9 @@ class Case:
                 "cluster": _cluster(self.world),
                 "quality": "lossy" if self.int8 or self.int4 else "standard",
                 "strategy": {
+                    "tp": 1,
+                    "cp": 1,
+                    "ep": 1,
                     "engine": "amsp" if own else "fsdp2",
                     "precision": self.precision,
                     "micro_batch": self.micro_batch,
