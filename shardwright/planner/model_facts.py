@@ -2,8 +2,9 @@
 
 [Note: patterns]
 Modules whose paths differ in numbers alone (`model.layers.0.self_attn.q_proj`) are named together, with `*` for each
-number, where all modules of such paths are treated alike; else each is named by its own path. Some places may have no
-such module: of a model whose first layers are dense, only the others have experts.
+number, where all modules of such paths are treated alike; else with `*` for the first number, the block's, where that
+holds (`blocks.*.mlp.0`, `blocks.*.mlp.2`); else each is named by its own path. Some places may have no such module:
+of a model whose first layers are dense, only the others have experts.
 """
 
 from __future__ import annotations
@@ -90,16 +91,24 @@ def as_patterns(treated: Mapping[str, T], modules: Iterable[str]) -> dict[str, T
     """What is done to each module, by pattern instead of by path ([Note: patterns]). `modules`: all that there are."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys((*modules, *treated)):
-        alike[_pattern(path)].append(path)
+        for pattern in dict.fromkeys(_patterns(path)):
+            alike[pattern].append(path)
     found: dict[str, T] = {}
     for path, treatment in treated.items():
-        same = all(other in treated and treated[other] == treatment for other in alike[_pattern(path)])
-        found[_pattern(path) if same else path] = treatment
+        for pattern in (*_patterns(path), path):
+            if all(other in treated and treated[other] == treatment for other in alike.get(pattern, [path])):
+                found[pattern] = treatment
+                break
     return found
 
 
-def _pattern(path: str) -> str:
-    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
+def _patterns(path: str) -> tuple[str, str]:
+    """With `*` for every number, and for the first one alone."""
+    parts = path.split(".")
+    numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+    every = ".".join("*" if at in numbers else part for at, part in enumerate(parts))
+    first = ".".join("*" if at in numbers[:1] else part for at, part in enumerate(parts))
+    return every, first
 
 
 def _modules(profile: ModelProfile) -> dict[str, None]:

@@ -73,9 +73,9 @@ def _decided(plan: Plan) -> Iterable[tuple[str, str]]:
         yield "pipeline", _pipeline(decision.pipeline)
     yield from parallel_lines(decision)
     for name in _STATES:
-        yield name.replace("_", " "), _sharding(getattr(decision.states, name), piped=staged)
+        yield name.replace("_", " "), _sharding(getattr(decision.states, name), decision)
         if name == "parameters" and decision.states.secondary is not None:
-            yield "second copy", f"{_sharding(decision.states.secondary, piped=staged)}, for backward"
+            yield "second copy", f"{_sharding(decision.states.secondary, decision)}, for backward"
     for name, axes in decision.communication:
         if axes:
             yield name.replace("_", " "), f"over {', '.join(axes)}"
@@ -100,8 +100,10 @@ def _axis(name: str, size: int, levels: tuple[str, ...]) -> str:
     return f"{name} {size}" + (f" over {', '.join(levels)}" if levels else "")
 
 
-def _sharding(state: StateSharding, *, piped: bool = False) -> str:
-    whose = "of its stages, " if piped else ""
+def _sharding(state: StateSharding, decision: Decision) -> str:
+    of = ["its part of every layer"] if decision.tensor_parallel.degree > 1 else []
+    of += ["its stages"] if decision.pipeline.schedule != "none" else []
+    whose = f"of {' of '.join(of)}, " if of else ""
     if state.degree == 1:
         return f"{whose}whole on each device"
     over = f", one copy over {', '.join(state.levels)}" if state.levels else ""

@@ -256,4 +256,6 @@ def test_patterns() -> None:
     # A pattern has to mean all modules that it matches.
     assert as_patterns({"a.0.b": 1, "a.1.b": 1}, ["a.0.b", "a.1.b", "a.2.c"]) == {"a.*.b": 1}
     assert as_patterns({"a.0.b": 1, "a.1.b": 1}, ["a.2.b"]) == {"a.0.b": 1, "a.1.b": 1}
+    sequential = {f"a.{block}.b.{place}": place for block in range(2) for place in (0, 2)}
+    assert as_patterns(sequential, ["a.0.b.1"]) == {"a.*.b.0": 0, "a.*.b.2": 2}
     assert as_patterns({"a.0.b": 1, "a.1.b": 2}, []) == {"a.0.b": 1, "a.1.b": 2}
