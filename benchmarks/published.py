@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from shardwright.passes import profile_model
 from shardwright.planner import make_plan
 from shardwright.schemas import load_job
-from shardwright.schemas.plan import Plan
+from shardwright.schemas.plan import Infeasible, Plan
 
 
 class Run(NamedTuple):
@@ -70,16 +70,21 @@ strategy:
 """
 
 
+def planned(text: str) -> Plan | Infeasible:
+    """What is planned for the text of a job file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.yaml"
+        path.write_text(text)
+        loaded = load_job(path)
+        profile = profile_model(loaded.job, loaded.folder, ("bf16",))
+        return make_plan(loaded.job, profile, job_file=path.name, defaults=loaded.defaults)
+
+
 def main() -> None:
     """Print one row a run."""
     print(f"{'tokens/s per GPU':40} {'predicted':>9} {'published':>9} {'ratio':>6}")
     for run in RUNS:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "job.yaml"
-            path.write_text(job_text(run))
-            loaded = load_job(path)
-            profile = profile_model(loaded.job, loaded.folder, ("bf16",))
-            plan = make_plan(loaded.job, profile, job_file=path.name, defaults=loaded.defaults)
+        plan = planned(job_text(run))
         if not isinstance(plan, Plan):
             print(f"{run.name:40} does not fit, by prediction: {plan.needed_bytes / 2**30:.1f} GiB reserved")
             continue

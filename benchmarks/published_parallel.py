@@ -15,14 +15,11 @@ predicted. Sources:
 """
 
 import json
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from shardwright.passes import profile_model
-from shardwright.planner import make_plan
-from shardwright.schemas import load_job
+from published import planned
+
 from shardwright.schemas.plan import Plan
 
 
@@ -247,12 +244,7 @@ def main() -> None:
     print(f"{'seconds a step':46} {'predicted':>9} {'published':>9} {'ratio':>6}  plan")
     for run in RUNS:
         began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "job.yaml"
-            path.write_text(job_text(run))
-            loaded = load_job(path)
-            profile = profile_model(loaded.job, loaded.folder, ("bf16",))
-            plan = make_plan(loaded.job, profile, job_file=path.name, defaults=loaded.defaults)
+        plan = planned(job_text(run))
         if not isinstance(plan, Plan):
             print(f"{run.name:46} does not fit, by prediction: {plan.needed_bytes / 2**30:.1f} GiB reserved")
             continue

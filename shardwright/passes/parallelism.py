@@ -17,7 +17,6 @@ from shardwright.passes.kernels import AttentionCall, attention_calls
 from shardwright.passes.parameters import with_roles
 from shardwright.passes.positions import mixing
 from shardwright.passes.styles import Refused, Styles, adjusted, find_styles, with_equals
-from shardwright.passes.tensor_parallel import Analysis
 from shardwright.passes.trace import Tracer
 from shardwright.schemas.diagnostics import Diagnostic, InputError
 from shardwright.schemas.job import JobSpec
@@ -70,11 +69,11 @@ def wanted_degrees(job: JobSpec) -> tuple[int, ...]:
     return tuple(d for d in (2, 4, 8) if d <= fastest and job.cluster.levels[0].size % d == 0)
 
 
-def find_parallelism(model: Model, exported: Exported, analysis: Analysis) -> Divided:
+def find_parallelism(model: Model, exported: Exported, flow: Dataflow) -> Divided:
     """The styles of all modules, and the degrees that they permit. Raises InputError for a degree that the job pins and
     the model cannot have."""
     try:
-        found = _Search(model, exported, analysis).run()
+        found = _Search(model, exported, flow).run()
     except Refused as error:
         check_pinned(model.job, str(error))
         return Divided(TensorParallelism(refused=str(error)), tuple(model.parameters))
@@ -90,12 +89,11 @@ def check_pinned(job: JobSpec, reason: str) -> None:
 
 
 class _Search:
-    def __init__(self, model: Model, exported: Exported, analysis: Analysis) -> None:
-        self.model, self.exported, self.analysis = model, exported, analysis
-        self.flow = Dataflow(exported.program.graph, analysis)
+    def __init__(self, model: Model, exported: Exported, flow: Dataflow) -> None:
+        self.model, self.exported, self.flow, self.analysis = model, exported, flow, flow.analysis
 
     def run(self) -> Divided:
-        styles = find_styles(self.model.module, self.exported, self.analysis)
+        styles = find_styles(self.model.module, self.exported, self.flow)
         degrees = self._degrees()
         parameters = self._parameters(styles.whole)
         if not degrees:

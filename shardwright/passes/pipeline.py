@@ -188,10 +188,11 @@ def _find_parallelism(work: Work) -> Work:
     layers = of_all_blocks(found, work.flow, model)
     parameters = with_experts(work.parameters, layers)
     known = Model(work.job, work.tracer, work.blocks, work.draw, work.flow, parameters, whole, calls)
-    divided = find_parallelism(known, work.exported, work.analysis)
+    dataflow = Dataflow(work.exported.program.graph, work.analysis)
+    divided = find_parallelism(known, work.exported, dataflow)
     context = find_context(
         work.exported,
-        Dataflow(work.exported.program.graph, work.analysis),
+        dataflow,
         calls,
         length=work.job.train.sequence_length,
         chain=not_a_chain(work.flow, work.blocks),

@@ -11,7 +11,7 @@ from shardwright.passes.dataflow import Dataflow, operator_name_of, tensors
 from shardwright.passes.graph import Exported
 from shardwright.passes.layers import holds, is_conv1d, is_linear
 from shardwright.passes.regions import Component, Entrance, components, entrance, has_axes
-from shardwright.passes.tensor_parallel import Analysis, Division, Group
+from shardwright.passes.tensor_parallel import Division, Group
 from shardwright.passes.vocabulary import vocabulary_styles
 from shardwright.schemas.profile import ModuleStyle, Style
 
@@ -44,11 +44,11 @@ class Styles:
         self.by_path[path] = ModuleStyle(path=path, style=style, enters=enters, sequence_dim=sequence_dim)
 
 
-def find_styles(model: nn.Module, exported: Exported, analysis: Analysis) -> Styles:
+def find_styles(model: nn.Module, exported: Exported, flow: Dataflow) -> Styles:
     """The styles that divide the model as the divisions say, without attributes. Raises Refused."""
-    finder = _Finder(model, exported, analysis)
+    finder = _Finder(model, exported, flow)
     finder.refuse_unknown()
-    for group in analysis.groups:
+    for group in flow.analysis.groups:
         finder.refuse_constants(group)
         for part in components(finder.flow, group):
             finder.parts.append(part)
@@ -65,9 +65,8 @@ def find_styles(model: nn.Module, exported: Exported, analysis: Analysis) -> Sty
 
 
 class _Finder:
-    def __init__(self, model: nn.Module, exported: Exported, analysis: Analysis) -> None:
-        self.model, self.exported, self.analysis = model, exported, analysis
-        self.flow = Dataflow(exported.program.graph, analysis)
+    def __init__(self, model: nn.Module, exported: Exported, flow: Dataflow) -> None:
+        self.model, self.exported, self.flow, self.analysis = model, exported, flow, flow.analysis
         self.styles = Styles()
         self.parts: list[Component] = []
         self.rows: set[fx.Node] = set()

@@ -166,7 +166,7 @@ class LayoutSearch:
 
     def closest(self, where: Predicate, vain: float = inf) -> Candidate | None:
         """Where none of those that `where` picks fits: the one that misses the budgets by least, of those looked at
-        before so many in a row came no closer `vain`ly; of pipelines one of those that miss by little."""
+        until `vain` in a row were no closer; of pipelines one of those that miss by little."""
         plain, pipeline = self._closest_plain(where, vain), self._pipelines.closest(where)
         return min((each for each in (plain, pipeline) if each is not None), key=self._distance, default=None)
 

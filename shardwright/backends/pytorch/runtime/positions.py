@@ -171,14 +171,18 @@ class ScatterEqual(torch.autograd.Function):
         return ctx.peers.positions.whole(ctx.peers.gather(gradient), ctx.dim), None, None
 
 
-class GatherEqual(torch.autograd.Function):
-    """The whole of all processes' parts, of which all processes compute the same and have the same gradient."""
+class _Gather(torch.autograd.Function):
+    """The whole of all processes' parts."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, peers: Peers, dim: int) -> Tensor:
         """All-gathers."""
         ctx.peers, ctx.dim = peers, dim
         return peers.positions.whole(peers.gather(part), dim)
+
+
+class GatherEqual(_Gather):
+    """The whole of all processes' parts, of which all processes compute the same and have the same gradient."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -186,14 +190,8 @@ class GatherEqual(torch.autograd.Function):
         return ctx.peers.positions.own(gradient, ctx.dim), None, None
 
 
-class GatherSummed(torch.autograd.Function):
+class GatherSummed(_Gather):
     """The whole of all processes' parts, of whose gradient each process has a summand."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, peers: Peers, dim: int) -> Tensor:
-        """All-gathers."""
-        ctx.peers, ctx.dim = peers, dim
-        return peers.positions.whole(peers.gather(part), dim)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
